@@ -1,0 +1,145 @@
+"""The axes and records that travel along the data path.
+
+Axes: `P` prompts, `G` samples per prompt, `N = P * G` sequences (prompt-major), `S` prompt
+positions, `T` completion positions, `V` vocabulary, `D` width, `W = ceil(V / 32)` words of a
+bit mask over the vocabulary. Log-probabilities and entropies are in nats, float32.
+"""
+import types
+from typing import Any
+
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+
+from rl_jax.record import record
+
+Tokens = Float[Array, "N T"]
+Mask = Bool[Array, "N T"]
+PerSequence = Float[Array, " N"]
+Group = Int[Array, " N"]
+Scalar = int | float | Float[Array, ""]
+Bound = Scalar | Float[Array, "N T"]
+Parameters = Any
+
+
+@record
+class Prompts:
+    """What is asked: right-padded token ids and what the verifier needs to know.
+
+    `facts` are arrays with leading axis P that a pure verifier reads. `answer` is a given
+    completion, for recipes that learn from answers instead of drawing them.
+    """
+
+    tokens: Int[Array, "P S"]
+    lengths: Int[Array, " P"]
+    example: Int[Array, " P"]
+    domain: Int[Array, " P"]
+    facts: dict[str, Any]
+    answer: Int[Array, "P T"] | None = None
+    answer_mask: Bool[Array, "P T"] | None = None
+
+
+@record
+class Samples:
+    """What was drawn. `mask` is True where the policy chose the token, its end token included.
+
+    `finished` says the end token was drawn (otherwise the answer was cut off at T); `version`
+    counts the updates of the weights that drew it. `support` marks, as bits, the tokens that
+    truncated sampling kept; None when the whole vocabulary could be drawn.
+    """
+
+    tokens: Int[Array, "N T"]
+    mask: Bool[Array, "N T"]
+    rollout_logp: Float[Array, "N T"]
+    rollout_entropy: Float[Array, "N T"]
+    finished: Bool[Array, " N"]
+    version: Int[Array, " N"]
+    support: UInt32[Array, "N T W"] | None = None
+
+
+@record
+class Experience:
+    """Samples and what is known about them: everything that a recipe's slots may read.
+
+    `score` is what the task's verifier said, `reward` what the recipe's reward slot made of it.
+    `group` numbers the prompts; a sequence whose verifier failed is alone in a group of its own
+    (ids up to 2N - 1), so group statistics never see it, and its mask is False.
+    `given` holds what only some recipes ask for (`Recipe.models`) or a stage has computed; its
+    entries are read by name (`x.reference_logp`), and reading one that is not there says why.
+    """
+
+    tokens: Int[Array, "N T"]
+    mask: Bool[Array, "N T"]
+    rollout_logp: Float[Array, "N T"]
+    rollout_entropy: Float[Array, "N T"]
+    finished: Bool[Array, " N"]
+    version: Int[Array, " N"]
+    score: Float[Array, " N"]
+    reward: Float[Array, " N"]
+    group: Int[Array, " N"]
+    parts: dict[str, Any]
+    failed: Bool[Array, " N"]
+    given: dict[str, Any]
+    prompts: Prompts | None = None
+    support: UInt32[Array, "N T W"] | None = None
+    coefficients: dict[str, Any] | None = None
+
+    def _read(self, name: str, remedy: str) -> Tokens:
+        if name not in self.given:
+            raise ValueError(f"x.{name} is not there: {remedy} (there are: {sorted(self.given) or 'none'}).")
+        return self.given[name]
+
+    @property
+    def old_logp(self) -> Tokens:
+        """Log-probability under the learner's weights before this batch, in nats."""
+        return self._read("old_logp", 'the recipe must ask for it with models=("old",)')
+
+    @property
+    def reference_logp(self) -> Tokens:
+        """Log-probability under the frozen reference, in nats."""
+        return self._read("reference_logp", 'the recipe must ask for it with models=("reference",)')
+
+    @property
+    def teacher_logp(self) -> Tokens:
+        """Log-probability under the teacher, in nats."""
+        return self._read("teacher_logp", 'the recipe must ask for it with models=("teacher",)')
+
+    @property
+    def values(self) -> Tokens:
+        """The critic's values before this batch, in reward units."""
+        return self._read("values", 'the recipe must ask for it with models=("critic",)')
+
+    @property
+    def advantage(self) -> Tokens:
+        """What the advantage slot returned, one number per token, constant in the weights."""
+        return self._read("advantage", "the recipe has no advantage slot, or it has not run yet")
+
+    @property
+    def coefficient(self) -> types.SimpleNamespace:
+        """The recipe's adapting coefficients (`Schedule.controls`) by name."""
+        return types.SimpleNamespace(**(self.coefficients or {}))
+
+
+@record
+class Evaluated:
+    """What the policy says of the drawn tokens now; differentiable."""
+
+    logp: Float[Array, "N T"]
+    entropy: Float[Array, "N T"]
+    values: Float[Array, "N T"] | None = None
+
+
+@record
+class TrainState:
+    """Everything that an update reads and writes, one replica.
+
+    `step` counts updates of the program, `optimiser` is optax's state, `frozen` holds the
+    weights that are never trained (reference, teacher) by role, `control` the state of the
+    recipe's adapting coefficients, `skipped` counts steps in a row whose gradient was not finite.
+    """
+
+    step: Int[Array, ""]
+    key: Key[Array, ""]
+    parameters: Parameters
+    optimiser: Any
+    frozen: dict[str, Parameters]
+    control: dict[str, Any]
+    skipped: Int[Array, ""]
