@@ -1,0 +1,79 @@
+"""From samples and scores to experience with credit: the slots that run before the loss."""
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rl_jax.recipe import Recipe
+from rl_jax.types import Evaluated, Experience, Prompts, Samples
+
+
+def group_ids(failed: Bool[Array, " N"], group_size: int) -> Int[Array, " N"]:
+    """The prompt's number for each sequence; one whose verifier failed is alone, under the id N + i.
+
+    Args:
+      failed: whether the verifier raised, timed out or returned no number.
+      group_size: G; sequences are prompt-major.
+    """
+    row = jnp.arange(failed.shape[0])
+    return jnp.where(failed, failed.shape[0] + row, row // group_size)
+
+
+def experience(prompts: Prompts, samples: Samples, score: Float[Array, " N"], parts: dict[str, Any],
+               failed: Bool[Array, " N"], *, coefficients: dict[str, Any] | None = None) -> Experience:
+    """Samples with their scores; what the verifier could not score has no mask and no group.
+
+    Args:
+      score: what the verifier said, in reward units; not read where `failed`.
+      parts: further [N] numbers by name.
+      coefficients: current values of the recipe's adapting coefficients.
+    """
+    score = jnp.where(failed, 0.0, score).astype(jnp.float32)
+    group_size = score.shape[0] // prompts.lengths.shape[0]
+    return Experience(
+        prompts=prompts, tokens=samples.tokens, mask=samples.mask & ~failed[:, None],
+        rollout_logp=samples.rollout_logp, rollout_entropy=samples.rollout_entropy, finished=samples.finished,
+        version=samples.version, support=samples.support, score=score, reward=score,
+        group=group_ids(failed, group_size), parts=parts, failed=failed, given={}, coefficients=coefficients)
+
+
+def selected(recipe: Recipe, x: Experience) -> Experience:
+    """x with the reward slot applied and without the tokens of sequences that selection rejects."""
+    x = hide(x)
+    if recipe.reward is not None:
+        x = dataclasses.replace(x, reward=jax.lax.stop_gradient(recipe.reward(x)))
+    if recipe.selection is not None:
+        x = dataclasses.replace(x, mask=x.mask & recipe.selection(x)[:, None])
+    return x
+
+
+def credited(recipe: Recipe, x: Experience) -> Experience:
+    """x with its advantage, constant in the weights, one number per token."""
+    if recipe.advantage is None:
+        return x
+    advantage = recipe.advantage(x)
+    if advantage.ndim == 1:
+        advantage = advantage[:, None]
+    advantage = jnp.broadcast_to(advantage, x.mask.shape).astype(jnp.float32)
+    return dataclasses.replace(x, given={**x.given, "advantage": jax.lax.stop_gradient(advantage)})
+
+
+def with_advantage(recipe: Recipe, x: Experience) -> Experience:
+    """Runs the reward, selection and advantage slots."""
+    return credited(recipe, selected(recipe, x))
+
+
+def hide(x: Experience) -> Experience:
+    """x with zeros behind the mask, so that no slot can read what the policy did not choose."""
+    def shown(values):
+        return jax.lax.stop_gradient(jnp.where(x.mask, values, 0.0))
+
+    return dataclasses.replace(x, rollout_logp=shown(x.rollout_logp), rollout_entropy=shown(x.rollout_entropy),
+                               given={name: shown(values) for name, values in x.given.items()})
+
+
+def hide_policy(policy: Evaluated, mask: Bool[Array, "N T"]) -> Evaluated:
+    """The same for what the policy says now: hidden tokens get a gradient of exactly 0."""
+    return jax.tree.map(lambda values: jnp.where(mask, values, 0.0), policy)

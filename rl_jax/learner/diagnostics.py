@@ -1,0 +1,81 @@
+"""What every run reports about a batch, whatever the recipe."""
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rl_jax import masked
+from rl_jax.recipe import Recipe
+from rl_jax.types import Evaluated, Experience
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+def of_policy(recipe: Recipe, policy: Evaluated, x: Experience, share: Float[Array, "N T"]) -> Metrics:
+    """Entropy, ratio extremes, clip share and KL estimates; additive over parts of a batch, but for `_max`, `_min`.
+
+    `policy/clip_share` is the share of tokens with credit whose loss has no gradient in their
+    log-probability: what any gate holds back. KL to the reference is k3, in nats per token.
+    """
+    policy = jax.lax.stop_gradient(policy)
+    change = jnp.where(x.mask, policy.logp - x.rollout_logp, 0.0)
+    ratio = jnp.exp(jnp.clip(change, -20, 20))
+    metrics = {
+        "policy/entropy": masked.total(policy.entropy * share, x.mask),
+        "policy/kl_rollout": masked.total((ratio - 1 - change) * share, x.mask),
+        "policy/ratio_max": jnp.where(x.mask, ratio, 0.0).max(),
+        "policy/ratio_min": jnp.where(x.mask, ratio, jnp.inf).min(),
+    }
+    if recipe.rollout is not None and "advantage" in x.given:
+        held = (_sensitivity(recipe, policy, x) == 0) & (x.given["advantage"] != 0)
+        metrics["policy/clip_share"] = masked.total(held * share, x.mask)
+    if "reference_logp" in x.given:
+        away = jnp.where(x.mask, x.given["reference_logp"] - policy.logp, 0.0)
+        metrics["policy/kl_reference"] = masked.total((jnp.exp(jnp.clip(away, -20, 20)) - 1 - away) * share, x.mask)
+    return metrics
+
+
+def _sensitivity(recipe: Recipe, policy: Evaluated, x: Experience) -> Float[Array, "N T"]:
+    def total(logp):
+        out = recipe.loss(dataclasses.replace(policy, logp=jnp.where(x.mask, logp, 0.0)), x)
+        return jnp.where(x.mask, out[0] if isinstance(out, tuple) else out, 0.0).sum()
+
+    return jax.grad(total)(policy.logp)
+
+
+def of_samples(x: Experience) -> Metrics:
+    """Score, length, end and failure rates of what was drawn."""
+    scored = jnp.maximum((~x.failed).sum(), 1)
+
+    def mean(values):
+        return jnp.where(x.failed, 0.0, values).sum() / scored
+
+    return {
+        "reward/score": mean(x.score),
+        "reward/solved": mean((x.score >= 1).astype(jnp.float32)),
+        "reward/failed": x.failed.sum().astype(jnp.float32),
+        "rollout/length": x.mask.sum() / scored,
+        "rollout/finished": x.finished.mean(),
+        "rollout/entropy": masked.mean(x.rollout_entropy, x.mask),
+        **{f"reward/{name}": mean(values) for name, values in x.parts.items()},
+    }
+
+
+def joined(metrics: Any) -> Metrics:
+    """Metrics stacked over micro-batches, as those of the batch: sums, but for `_max` and `_min`."""
+    return {name: _extreme(name, values, values.sum(axis=0)) for name, values in metrics.items()}
+
+
+def averaged(metrics: Any) -> Metrics:
+    """Metrics stacked over optimiser steps, as one number each: means, but for `_max` and `_min`."""
+    skipped = metrics["gradient/skipped"].sum(axis=0)
+    return {**{name: _extreme(name, values, values.mean(axis=0)) for name, values in metrics.items()},
+            "gradient/skipped": skipped}
+
+
+def _extreme(name: str, values: Array, otherwise: Array) -> Array:
+    if name.endswith("_max"):
+        return values.max(axis=0)
+    return values.min(axis=0) if name.endswith("_min") else otherwise
