@@ -7,6 +7,7 @@ bit mask over the vocabulary. Log-probabilities and entropies are in nats, float
 import types
 from typing import Any
 
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from rl_jax.record import record
@@ -25,16 +26,17 @@ class Prompts:
     """What is asked: right-padded token ids and what the verifier needs to know.
 
     `facts` are arrays with leading axis P that a pure verifier reads. `answer` is a given
-    completion, for recipes that learn from answers instead of drawing them.
+    completion, for recipes that learn from answers instead of drawing them. The stream makes
+    them of NumPy arrays; the loop places them on devices.
     """
 
-    tokens: Int[Array, "P S"]
-    lengths: Int[Array, " P"]
-    example: Int[Array, " P"]
-    domain: Int[Array, " P"]
+    tokens: Int[Array | np.ndarray, "P S"]
+    lengths: Int[Array | np.ndarray, " P"]
+    example: Int[Array | np.ndarray, " P"]
+    domain: Int[Array | np.ndarray, " P"]
     facts: dict[str, Any]
-    answer: Int[Array, "P T"] | None = None
-    answer_mask: Bool[Array, "P T"] | None = None
+    answer: Int[Array | np.ndarray, "P T"] | None = None
+    answer_mask: Bool[Array | np.ndarray, "P T"] | None = None
 
 
 @record
@@ -53,6 +55,18 @@ class Samples:
     finished: Bool[Array, " N"]
     version: Int[Array, " N"]
     support: UInt32[Array, "N T W"] | None = None
+
+
+@record
+class Verdict:
+    """What the verifier said: score (1 is correct), further parts by name, and where it failed.
+
+    A verifier that raised, ran out of time or returned no finite number has failed; its score is not read.
+    """
+
+    score: Float[Array | np.ndarray, " N"]
+    parts: dict[str, Any]
+    failed: Bool[Array | np.ndarray, " N"]
 
 
 @record

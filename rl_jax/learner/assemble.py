@@ -4,10 +4,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from rl_jax.recipe import Recipe
-from rl_jax.types import Evaluated, Experience, Prompts, Samples
+from rl_jax.types import Evaluated, Experience, Prompts, Samples, Verdict
 
 
 def group_ids(failed: Bool[Array, " N"], group_size: int) -> Int[Array, " N"]:
@@ -21,22 +21,21 @@ def group_ids(failed: Bool[Array, " N"], group_size: int) -> Int[Array, " N"]:
     return jnp.where(failed, failed.shape[0] + row, row // group_size)
 
 
-def experience(prompts: Prompts, samples: Samples, score: Float[Array, " N"], parts: dict[str, Any],
-               failed: Bool[Array, " N"], *, coefficients: dict[str, Any] | None = None) -> Experience:
+def experience(prompts: Prompts, samples: Samples, verdict: Verdict, *,
+               coefficients: dict[str, Any] | None = None) -> Experience:
     """Samples with their scores; what the verifier could not score has no mask and no group.
 
     Args:
-      score: what the verifier said, in reward units; not read where `failed`.
-      parts: further [N] numbers by name.
-      coefficients: current values of the recipe's adapting coefficients.
+      coefficients: current values of the recipe's adapting coefficients, by name.
     """
-    score = jnp.where(failed, 0.0, score).astype(jnp.float32)
-    group_size = score.shape[0] // prompts.lengths.shape[0]
+    failed = verdict.failed
+    score = jnp.where(failed, 0.0, verdict.score).astype(jnp.float32)
     return Experience(
         prompts=prompts, tokens=samples.tokens, mask=samples.mask & ~failed[:, None],
         rollout_logp=samples.rollout_logp, rollout_entropy=samples.rollout_entropy, finished=samples.finished,
         version=samples.version, support=samples.support, score=score, reward=score,
-        group=group_ids(failed, group_size), parts=parts, failed=failed, given={}, coefficients=coefficients)
+        group=group_ids(failed, score.shape[0] // prompts.lengths.shape[0]), parts=verdict.parts, failed=failed,
+        given={}, coefficients=coefficients)
 
 
 def selected(recipe: Recipe, x: Experience) -> Experience:

@@ -14,20 +14,22 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 def of_policy(recipe: Recipe, policy: Evaluated, x: Experience, share: Float[Array, "N T"]) -> Metrics:
-    """Entropy, ratio extremes, clip share and KL estimates; additive over parts of a batch, but for `_max`, `_min`.
+    """Entropy, ratio extremes, clip share and KL estimates; extremes apart, those of parts of a batch add up.
 
     `policy/clip_share` is the share of tokens with credit whose loss has no gradient in their
     log-probability: what any gate holds back. KL to the reference is k3, in nats per token.
     """
     policy = jax.lax.stop_gradient(policy)
-    change = jnp.where(x.mask, policy.logp - x.rollout_logp, 0.0)
-    ratio = jnp.exp(jnp.clip(change, -20, 20))
-    metrics = {
-        "policy/entropy": masked.total(policy.entropy * share, x.mask),
-        "policy/kl_rollout": masked.total((ratio - 1 - change) * share, x.mask),
-        "policy/ratio_max": jnp.where(x.mask, ratio, 0.0).max(),
-        "policy/ratio_min": jnp.where(x.mask, ratio, jnp.inf).min(),
-    }
+    metrics = {"policy/entropy": masked.total(policy.entropy * share, x.mask)}
+    if recipe.rollout is not None:
+        change = jnp.where(x.mask, policy.logp - x.rollout_logp, 0.0)
+        ratio = jnp.exp(jnp.clip(change, -20, 20))
+        metrics |= {
+            "rollout/logp_gap_nats": jnp.abs(change).max(),
+            "policy/kl_rollout": masked.total((ratio - 1 - change) * share, x.mask),
+            "policy/ratio_max": jnp.where(x.mask, ratio, 0.0).max(),
+            "policy/ratio_min": jnp.where(x.mask, ratio, jnp.inf).min(),
+        }
     if recipe.rollout is not None and "advantage" in x.given:
         held = (_sensitivity(recipe, policy, x) == 0) & (x.given["advantage"] != 0)
         metrics["policy/clip_share"] = masked.total(held * share, x.mask)
@@ -63,19 +65,27 @@ def of_samples(x: Experience) -> Metrics:
     }
 
 
+MAXIMA = ("policy/ratio_max", "rollout/logp_gap_nats")
+MINIMA = ("policy/ratio_min",)
+
+
 def joined(metrics: Any) -> Metrics:
-    """Metrics stacked over micro-batches, as those of the batch: sums, but for `_max` and `_min`."""
+    """Metrics stacked over micro-batches, as those of the batch: sums and extremes."""
     return {name: _extreme(name, values, values.sum(axis=0)) for name, values in metrics.items()}
 
 
 def averaged(metrics: Any) -> Metrics:
-    """Metrics stacked over optimiser steps, as one number each: means, but for `_max` and `_min`."""
-    skipped = metrics["gradient/skipped"].sum(axis=0)
+    """Metrics stacked over optimiser steps, as one number each: means and extremes.
+
+    The gap between sampler and trainer is that of the first step, before anything was learned;
+    skipped steps are counted.
+    """
     return {**{name: _extreme(name, values, values.mean(axis=0)) for name, values in metrics.items()},
-            "gradient/skipped": skipped}
+            **{name: metrics[name][0] for name in ("rollout/logp_gap_nats",) if name in metrics},
+            "gradient/skipped": metrics["gradient/skipped"].sum(axis=0)}
 
 
 def _extreme(name: str, values: Array, otherwise: Array) -> Array:
-    if name.endswith("_max"):
+    if name in MAXIMA:
         return values.max(axis=0)
-    return values.min(axis=0) if name.endswith("_min") else otherwise
+    return values.min(axis=0) if name in MINIMA else otherwise

@@ -134,7 +134,7 @@ def make_passes(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTra
         x = dataclasses.replace(x, coefficients=None)
 
         def take(prompt_rows):
-            rows = (prompt_rows[:, None] * group_size + jnp.arange(group_size)).reshape(-1)
+            rows = (prompt_rows[:, None] * group_size + jnp.arange(group_size)[None, :]).reshape(-1)
             part = jax.tree.map(lambda a: a[rows], dataclasses.replace(x, prompts=None))
             return dataclasses.replace(part, prompts=jax.tree.map(lambda a: a[prompt_rows], x.prompts),
                                        group=assemble.group_ids(part.failed, group_size), coefficients=coefficients)

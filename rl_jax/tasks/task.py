@@ -1,12 +1,15 @@
 """What is asked, and what counts as right."""
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array, Float
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Text to token ids and back.
 
@@ -105,3 +108,47 @@ class Task:
             if len(split) == 0:
                 raise ValueError(f"task {self.name!r}: split {name!r} is empty; give it at least one example "
                                  "(a larger size, another file) or leave the split out.")
+
+
+def fingerprint(name: str, **made_from: Any) -> str:
+    """16 hexadecimal digits that change when anything that the questions were made from does.
+
+    Args:
+      name: the task's.
+      made_from: arguments, sizes and seeds as plain values, or digests of files.
+    """
+    text = json.dumps([name, made_from], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def encoded_prompt(tokenizer: Tokenizer, text: str, prompt_length: int) -> list[int]:
+    """The token ids of a question.
+
+    Args:
+      prompt_length: S, the most tokens it may have.
+
+    Raises:
+      ValueError: if it has more, or none.
+    """
+    ids = tokenizer.encode(text)
+    if not 0 < len(ids) <= prompt_length:
+        raise ValueError(f"a prompt has {len(ids)} tokens and prompt_length allows 1 to {prompt_length}: "
+                         f"{text[:80]!r}. Set prompt_length to at least {max(len(ids), 1)}, or make the questions "
+                         "shorter.")
+    return ids
+
+
+def encoded_answer(tokenizer: Tokenizer, text: str, completion_length: int) -> list[int]:
+    """The token ids of a worked solution, the end token included.
+
+    Args:
+      completion_length: T, the most tokens it may have with the end token.
+
+    Raises:
+      ValueError: if it has more.
+    """
+    ids = [*tokenizer.encode(text), tokenizer.end_id]
+    if len(ids) > completion_length:
+        raise ValueError(f"a worked solution has {len(ids)} tokens with its end and completion_length allows "
+                         f"{completion_length}: {text[:80]!r}. Set completion_length to at least {len(ids)}.")
+    return ids

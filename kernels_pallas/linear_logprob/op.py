@@ -1,0 +1,84 @@
+"""From hidden states to the log-probability of a token and the entropy, without the logits."""
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int, UInt32
+
+from kernels_pallas import dispatch
+from kernels_pallas.linear_logprob import backward, blocks, forward, reference, support as support_bits
+from kernels_pallas.linear_logprob.reference import Scalar
+
+
+def linear_logprob(hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"], targets: Int[Array, " M"], *,
+                   temperature: Scalar = 1.0, soft_cap: int | float | None = None,
+                   support: UInt32[Array, "M W"] | None = None,
+                   implementation: str | None = None) -> tuple[Float32[Array, " M"], Float32[Array, " M"]]:
+    """(log p[target], -sum p log p) with p = softmax(cap tanh(hidden vocabulary^T / cap) / temperature).
+
+    Differentiable in hidden and vocabulary through both results. A target that is not kept, or
+    is no token at all, has log-probability -inf, and that constant has gradient 0; a row that
+    keeps nothing has entropy 0. So rows that a mask leaves out may hold anything finite.
+
+    Args:
+      hidden: last hidden states, float32 or bfloat16; products are summed in float32.
+      vocabulary: the output embedding, a row per token.
+      targets: token ids.
+      temperature: positive, dimensionless; carries no gradient.
+      soft_cap: bound on the logits before the temperature, positive, in nats; None: no bound.
+      support: tokens that truncated sampling kept (`support.pack_support`); p is 0 elsewhere.
+      implementation: "reference" (all logits in memory), "xla" (tiles of the vocabulary), or
+        None for the best measured on this device.
+
+    Returns:
+      Log-probability of the target and entropy of the distribution, in nats.
+
+    Raises:
+      ValueError: shapes that do not fit, a temperature or cap that is not positive, an
+        implementation that does not exist.
+    """
+    _check(hidden, vocabulary, targets, temperature, soft_cap, support)
+    run = dispatch.implementation("linear_logprob", implementation, "xla",
+                                  {"reference": reference.linear_logprob, "xla": _tiled})
+    dtype = jnp.result_type(hidden, vocabulary)
+    dtype = dtype if dtype == jnp.bfloat16 else jnp.float32
+    return run(hidden.astype(dtype), vocabulary.astype(dtype), targets,
+               jnp.asarray(temperature, jnp.float32), support, soft_cap)
+
+
+def _check(hidden, vocabulary, targets, temperature, soft_cap, support) -> None:
+    rows, width = hidden.shape
+    size = vocabulary.shape[0]
+    if vocabulary.shape[1] != width or targets.shape != (rows,):
+        raise ValueError(f"hidden [M, D], vocabulary [V, D] and targets [M] do not fit: "
+                         f"{hidden.shape}, {vocabulary.shape}, {targets.shape}.")
+    if support is not None and support.shape != (rows, support_bits.words_for(size)):
+        raise ValueError(f"support must be [M, ceil(V / 32)] = {(rows, support_bits.words_for(size))} "
+                         f"for V = {size}, not {support.shape}; make it with pack_support.")
+    for name, value in ("temperature", temperature), ("soft_cap", soft_cap):
+        if isinstance(value, int | float) and not value > 0:
+            raise ValueError(f"{name} must be positive, not {value}.")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _tiled(hidden, vocabulary, targets, temperature, support, soft_cap):
+    return _tiled_forward(hidden, vocabulary, targets, temperature, support, soft_cap)[0]
+
+
+def _tiled_forward(hidden, vocabulary, targets, temperature, support, soft_cap):
+    logp, entropy, normaliser = forward.linear_logprob(
+        hidden, vocabulary, targets, temperature, support, soft_cap, blocks.vocabulary_tile(vocabulary.shape[0]))
+    return (logp, entropy), (hidden, vocabulary, targets, temperature, support, normaliser, logp, entropy)
+
+
+def _tiled_backward(soft_cap, residuals, cotangents):
+    hidden, vocabulary, targets, temperature, support, normaliser, logp, entropy = residuals
+    d_logp, d_entropy = cotangents
+    d_logp = jnp.where(jnp.isneginf(logp), 0.0, d_logp)
+    d_hidden, d_vocabulary = backward.linear_logprob(
+        hidden, vocabulary, targets, temperature, support, normaliser, entropy, d_logp, d_entropy, soft_cap,
+        blocks.vocabulary_tile(vocabulary.shape[0]))
+    return d_hidden, d_vocabulary, None, jnp.zeros_like(temperature), None
+
+
+_tiled.defvjp(_tiled_forward, _tiled_backward)

@@ -1,0 +1,77 @@
+"""Credit along a sequence: what a token earned later.
+
+Time runs over the tokens that the policy chose. Tokens between them (tool output) earn nothing and take
+no time: what comes later is carried through them unchanged, and they get 0 themselves. Rewards
+and values are constants: no gradient passes.
+"""
+import jax
+import jax.numpy as jnp
+
+from rl_jax import masked
+from rl_jax.types import Mask, PerSequence, Scalar, Tokens
+
+
+def at_last_token(reward: PerSequence, mask: Mask) -> Tokens:
+    """R at the last chosen token, 0 elsewhere: an outcome reward as a reward per token.
+
+    Args:
+      reward: R, in reward units.
+      mask: which tokens the policy chose.
+    """
+    return jnp.where(masked.last(mask), reward[:, None], 0.0)
+
+
+def gae(reward_per_token: Tokens, values: Tokens, mask: Mask, discount: Scalar, decay: Scalar) -> Tokens:
+    """A_t = delta_t + discount decay A_{t+1}, with delta_t = r_t + discount V_{t+1} - V_t.
+
+    V and A after the last chosen token are 0.
+
+    Args:
+      reward_per_token: r, in reward units.
+      values: V before the token is chosen, in reward units.
+      mask: which tokens the policy chose.
+      discount: gamma per chosen token, in [0, 1].
+      decay: lambda, in [0, 1]; 1 trusts the rewards, 0 the values.
+
+    Source: Schulman et al. 2015, arXiv:1506.02438, eq. 16.
+    """
+    reward, values = jax.lax.stop_gradient((masked.zeroed(reward_per_token, mask), masked.zeroed(values, mask)))
+
+    def earlier(later, token):
+        next_value, next_advantage = later
+        reward, value, chosen = token
+        advantage = reward + discount * next_value - value + discount * decay * next_advantage
+        now = jnp.where(chosen, value, next_value), jnp.where(chosen, advantage, next_advantage)
+        return now, jnp.where(chosen, advantage, 0.0)
+
+    end = jnp.zeros_like(reward[:, 0])
+    return jax.lax.scan(earlier, (end, end), (reward.T, values.T, mask.T), reverse=True)[1].T
+
+
+def reward_to_go(reward_per_token: Tokens, mask: Mask, discount: Scalar) -> Tokens:
+    """G_t = r_t + discount G_{t+1}: the discounted rewards from this token on.
+
+    Args:
+      reward_per_token: r, in reward units.
+      mask: which tokens the policy chose.
+      discount: gamma per chosen token, in [0, 1].
+
+    Source: Sutton and Barto 2018, Reinforcement Learning, eq. 3.9.
+    """
+    return gae(reward_per_token, jnp.zeros_like(reward_per_token), mask, discount, 1.0)
+
+
+def lambda_return(reward_per_token: Tokens, values: Tokens, mask: Mask, discount: Scalar, decay: Scalar) -> Tokens:
+    """A_t + V_t with A from `gae`: what the value of a token is trained towards; 0 where nothing was chosen.
+
+    Args:
+      reward_per_token: r, in reward units.
+      values: V before the token is chosen, in reward units.
+      mask: which tokens the policy chose.
+      discount: gamma per chosen token, in [0, 1].
+      decay: lambda, in [0, 1].
+
+    Source: Schulman et al. 2015, arXiv:1506.02438, section 5; Sutton and Barto 2018, eq. 12.2.
+    """
+    advantage = gae(reward_per_token, values, mask, discount, decay)
+    return advantage + jax.lax.stop_gradient(masked.zeroed(values, mask))

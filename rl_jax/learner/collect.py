@@ -1,0 +1,87 @@
+"""Groups worth learning from: asked, scored and, where selection rejects them, replaced within a budget."""
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Key
+
+from rl_jax.learner import assemble, diagnostics, update
+from rl_jax.recipe import Recipe
+from rl_jax.types import Experience, Prompts, Samples, Verdict
+
+Drawn = tuple[Prompts, Samples, Verdict]
+Draw = Callable[..., Samples]
+Judge = Callable[[Prompts, Samples], Verdict]
+
+
+def make_collect(recipe: Recipe, draw: Draw, judge: Judge, axis: str | None = None):
+    """Returns collect(parameters, prompts, key, version) -> (prompts, samples, verdict, metrics).
+
+    With `recipe.rollout.resample = r`, `prompts` holds 1 + r waves of P prompts. Waves are asked
+    until P groups pass the selection slot or none is left; the kept groups fill the batch in the
+    order they came. Slots that stay empty have no mask. A group counts as kept when selection
+    keeps any of its sequences. Metrics are of everything asked, `rollout/groups_discarded`
+    counts the groups asked and not learned from.
+
+    Args:
+      axis: name of an outer vmap axis: waves are asked until all of its members are satisfied.
+    """
+    waves = 1 + recipe.rollout.resample
+
+    def ask(parameters, prompts, key, version):
+        samples = draw(parameters, prompts, key, version)
+        verdict = judge(prompts, samples)
+        return (prompts, samples, verdict), assemble.experience(prompts, samples, verdict)
+
+    def collect(parameters: Any, prompts: Prompts, key: Key[Array, ""], version: Array):
+        if waves == 1:
+            drawn, x = ask(parameters, prompts, key, version)
+            return *drawn, diagnostics.of_samples(x)
+        pieces = update.cut(prompts, waves)
+        count = pieces.lengths.shape[1]
+        drawn, x = jax.eval_shape(ask, parameters, _wave(pieces, 0), key, version)
+        empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), drawn)
+        empty = (_wave(pieces, 0), *empty[1:])
+        total = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(diagnostics.of_samples, x))
+
+        def body(carry):
+            wave, filled, batch, total = carry
+            drawn, x = ask(parameters, _wave(pieces, wave), jax.random.fold_in(key, wave), version)
+            keep = group_kept(recipe, x, count)
+            slot = jnp.where(keep, filled + jnp.cumsum(keep) - 1, count)
+            batch = jax.tree.map(lambda b, d: _scatter(b, d, slot), batch, drawn)
+            total = jax.tree.map(jnp.add, total, diagnostics.of_samples(x))
+            return wave + 1, jnp.minimum(filled + keep.sum(), count), batch, total
+
+        def wanting(carry):
+            short = carry[1] < count
+            if axis is not None:
+                short = jax.lax.psum(short.astype(jnp.int32), axis) > 0
+            return (carry[0] < waves) & short
+
+        start = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), empty, total)
+        asked, filled, batch, total = jax.lax.while_loop(wanting, body, start)
+        failed = total["reward/failed"]
+        metrics = {name: value / asked for name, value in total.items()}
+        return *batch, {**metrics, "reward/failed": failed, "rollout/waves": asked.astype(jnp.float32),
+                        "rollout/groups_discarded": (asked * count - filled).astype(jnp.float32)}
+
+    return collect
+
+
+def group_kept(recipe: Recipe, x: Experience, prompts: int) -> Bool[Array, " P"]:
+    """Whether the selection slot keeps any sequence of each prompt's group."""
+    return (assemble.selected(recipe, x).mask.any(axis=1)).reshape(prompts, -1).any(axis=1)
+
+
+def _wave(pieces: Prompts, wave: Any) -> Prompts:
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, wave, 0, keepdims=False), pieces)
+
+
+def _scatter(batch: Array, drawn: Array, slot: Array) -> Array:
+    """batch with the groups of `drawn` written at their slots; a slot past the end is dropped."""
+    groups = slot.shape[0]
+    by_group = batch.reshape(groups, -1, *batch.shape[1:])
+    new = drawn.reshape(by_group.shape)
+    return by_group.at[slot].set(new, mode="drop").reshape(batch.shape)

@@ -1,0 +1,168 @@
+"""One step of any recipe as one compiled program, or as two with the host's verifier between them."""
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Key
+
+from rl_jax.learner import assemble, collect, diagnostics, evaluate, update
+from rl_jax.models import network as networks
+from rl_jax.models.network import Network
+from rl_jax.recipe import Recipe
+from rl_jax.rollout import decode
+from rl_jax.types import Experience, Parameters, Prompts, Samples, TrainState, Verdict
+
+Metrics = dict[str, Array]
+SEED_AXIS = "seed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """The functions that a step is composed of, none of them compiled.
+
+    Attributes:
+      ask: (parameters, prompts, key, version) -> (prompts, samples, verdict, metrics).
+      learn: (state, prompts, samples, verdict) -> (state, metrics, experience).
+    """
+
+    ask: Callable[..., tuple[Prompts, Samples, Verdict, Metrics]]
+    learn: Callable[..., tuple[TrainState, Metrics, Experience]]
+
+
+def initial_state(recipe: Recipe, network: Network, optimiser: optax.GradientTransformation, key: Key[Array, ""],
+                  policy: Parameters | None = None) -> TrainState:
+    """The state before the first step; the key is consumed.
+
+    Args:
+      policy: weights to start from; fresh ones if None. The reference and the critic's body are
+        copies of them.
+    """
+    own, fresh = jax.random.split(key)
+    policy = network.initialise(fresh) if policy is None else policy
+    parameters = {"policy": policy}
+    if "critic" in recipe.models:
+        parameters["critic"] = networks.critic_from(network, policy)
+    frozen = {role: jax.tree.map(jnp.copy, policy) for role in ("reference", "teacher") if role in recipe.models}
+    control = {name: one.init() for name, one in recipe.schedule.controls.items()}
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(step=zero, key=own, parameters=parameters, optimiser=optimiser.init(parameters), frozen=frozen,
+                      control=control, skipped=jnp.zeros((), jnp.int32))
+
+
+def make_pieces(recipe: Recipe, task: Any, network: Network, optimiser: optax.GradientTransformation,
+                judge: collect.Judge, *, microbatches: int = 1, axis: str | None = None) -> Pieces:
+    """The draw-and-judge half and the learning half of a step.
+
+    Args:
+      task: a `tasks.task.Task`; its tokenizer's end and pad ids and its completion length are read.
+      judge: (prompts, samples) -> Verdict, from `tasks.judge`.
+      axis: name of the vmap axis over replicas, if there is one.
+    """
+    if recipe.rollout is None:
+        temperature, ask = 1.0, given_answers
+    else:
+        temperature = recipe.rollout.temperature
+        if temperature == 0:
+            raise ValueError("rollout temperature=0 draws the same answer every time and leaves nothing to learn; "
+                             "give a positive one (1.0 samples the policy itself).")
+        draw = decode.make_rollout(network, recipe.rollout, completion_length=task.completion_length,
+                                   end_id=task.tokenizer.end_id, pad_id=task.tokenizer.pad_id, axis=axis)
+        ask = collect.make_collect(recipe, draw, judge, axis)
+    policy_of = evaluate.make_evaluate(network, temperature)
+    passes = update.make_passes(recipe, policy_of, optimiser, microbatches)
+
+    def learn(state: TrainState, prompts: Prompts, samples: Samples, verdict: Verdict):
+        coefficients = {name: one.read(state.control[name]) for name, one in recipe.schedule.controls.items()}
+        x = assemble.experience(prompts, samples, verdict, coefficients=coefficients)
+        x = evaluate.with_models(recipe, policy_of, state.parameters, state.frozen, x, microbatches)
+        x = assemble.with_advantage(recipe, x)
+        _, key = _keys(state.key, state.step)
+        parameters, optimiser_state, metrics = passes(state.parameters, state.optimiser, x, key)
+        control = state.control
+        if control:
+            policy = assemble.hide_policy(jax.lax.stop_gradient(policy_of(state.parameters, x)), x.mask)
+            control = {name: one.update(control[name], x, policy) for name, one in recipe.schedule.controls.items()}
+        state = dataclasses.replace(
+            state, step=state.step + 1, parameters=parameters, optimiser=optimiser_state, control=control,
+            skipped=jnp.where(metrics["gradient/skipped"] > 0, state.skipped + 1, 0))
+        if recipe.rollout is not None:
+            metrics = {**metrics, "reward/mean": x.reward.mean()}
+        return state, {**metrics, **{f"control/{n}": jnp.asarray(c) for n, c in coefficients.items()}}, x
+
+    return Pieces(ask=ask, learn=learn)
+
+
+def given_answers(parameters: Parameters, prompts: Prompts, key: Array, version: Array):
+    """The prompts' own answers as samples, for recipes without a rollout."""
+    if prompts.answer is None:
+        raise ValueError("this recipe learns from given answers (rollout=None), and the prompts have none: "
+                         "the task must give every training example an `answer`.")
+    shape = prompts.answer.shape
+    zero = jnp.zeros(shape, jnp.float32)
+    samples = Samples(tokens=prompts.answer, mask=prompts.answer_mask, rollout_logp=zero, rollout_entropy=zero,
+                      finished=jnp.ones(shape[:1], bool), version=jnp.full(shape[:1], version, jnp.int32))
+    verdict = Verdict(score=jnp.ones(shape[:1], jnp.float32), parts={}, failed=jnp.zeros(shape[:1], bool))
+    return prompts, samples, verdict, {}
+
+
+def make_step(pieces: Pieces, *, steps_per_call: int = 1, seeds: int = 1, shown_groups: int | None = None):
+    """Returns step(state, prompts) -> (state, metrics, experience): everything in one program.
+
+    Args:
+      steps_per_call: K steps in one dispatch. With K > 1 `prompts` and all results but the
+        state carry a leading axis K.
+      seeds: R replicas, vmapped. With R > 1 the state and all results carry a leading axis R
+        (before K); the prompts are the same for all.
+      shown_groups: return only the experience of the first so many prompts; None returns all of it.
+    """
+    def once(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Experience]:
+        key, _ = _keys(state.key, state.step)
+        prompts, samples, verdict, metrics = pieces.ask(state.parameters["policy"], prompts, key, state.step)
+        state, learnt, x = pieces.learn(state, prompts, samples, verdict)
+        return state, {**metrics, **learnt}, first_groups(x, shown_groups)
+
+    def many(state, prompts):
+        state, (metrics, x) = jax.lax.scan(lambda s, p: (lambda out: (out[0], out[1:]))(once(s, p)), state, prompts)
+        return state, metrics, x
+
+    step = once if steps_per_call == 1 else many
+    return step if seeds == 1 else jax.vmap(step, in_axes=(0, None), axis_name=SEED_AXIS)
+
+
+def make_draw(pieces: Pieces):
+    """The first of two programs: draw(parameters, key, prompts, index) -> samples of batch `index`."""
+    def draw(parameters: Parameters, key: Array, prompts: Prompts, index: Array) -> Samples:
+        _, samples, _, _ = pieces.ask(parameters["policy"], prompts, _keys(key, index)[0], index)
+        return samples
+
+    return draw
+
+
+def make_learn(pieces: Pieces, shown_groups: int | None = None):
+    """The second of two programs: learn(state, prompts, samples, verdict) -> (state, metrics, experience)."""
+    def learn(state: TrainState, prompts: Prompts, samples: Samples, verdict: Verdict):
+        metrics = diagnostics.of_samples(assemble.experience(prompts, samples, verdict))
+        state, learnt, x = pieces.learn(state, prompts, samples, verdict)
+        return state, {**metrics, **learnt}, first_groups(x, shown_groups)
+
+    return learn
+
+
+def first_groups(x: Experience, groups: int | None) -> Experience:
+    """The experience of the first so many prompts."""
+    if groups is None:
+        return x
+    prompts = x.prompts.lengths.shape[0]
+    groups = min(groups, prompts)
+    rows = groups * (x.mask.shape[0] // prompts)
+    rest = dataclasses.replace(x, prompts=None, coefficients=None)
+    return dataclasses.replace(jax.tree.map(lambda a: a[:rows], rest),
+                               prompts=jax.tree.map(lambda a: a[:groups], x.prompts))
+
+
+def _keys(key: Array, index: Array) -> Array:
+    """The two keys of batch `index`: one to draw with, one to deal minibatches with."""
+    return jax.random.split(jax.random.fold_in(key, index))

@@ -1,0 +1,90 @@
+"""Answers drawn in groups: the prompt is prefilled once, the decode step is vmapped over the group."""
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+from kernels_pallas.linear_logprob.support import pack_support
+from rl_jax.models import transformer
+from rl_jax.models.network import Network
+from rl_jax.recipe import Rollout
+from rl_jax.rollout import sample
+from rl_jax.types import Parameters, Prompts, Samples
+
+
+def make_rollout(network: Network, rollout: Rollout, *, completion_length: int, end_id: int, pad_id: int,
+                 axis: str | None = None) -> Callable[..., Samples]:
+    """Returns draw(parameters, prompts, key, version) -> Samples of G answers per prompt, prompt-major.
+
+    The group axis is a `vmap` with the prompt's cache at `in_axes=None`: it is never copied. It
+    wraps the step inside the loop; the loop stops when every answer has ended. Sample g of
+    prompt p draws from a key of its own, fold_in(fold_in(key, p), g).
+
+    Args:
+      completion_length: T, the budget in tokens, the end token included.
+      end_id: ends an answer; it is a chosen token and stays in the mask, also where pad_id equals it.
+      pad_id: fills what follows.
+      axis: name of an outer vmap axis (replicas): the loop runs until all of its members have ended.
+    """
+    group = rollout.group_size
+
+    def draw(parameters: Parameters, prompts: Prompts, key: Key[Array, ""], version: Int[Array, ""]) -> Samples:
+        count = prompts.lengths.shape[0]
+        head = network.vocabulary(parameters)
+        prompt_cache = network.prefill(parameters, prompts.tokens)
+        keys = _sample_keys(key, group, count)
+
+        def one_sample(cache, token, keys, alive, now):
+            hidden, cache = network.decode(parameters, prompt_cache, cache, token, prompts.lengths, now)
+            logits = jnp.einsum("pd,vd->pv", hidden, head, preferred_element_type=jnp.float32)
+            now_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, now)
+            token, logp, entropy, keep = sample.draw(now_keys, logits, rollout)
+            token = jnp.where(alive, token, pad_id).astype(jnp.int32)
+            support = {} if keep is None else {"support": pack_support(keep)}
+            drawn = {"tokens": token, "mask": alive, "rollout_logp": jnp.where(alive, logp, 0.0),
+                     "rollout_entropy": jnp.where(alive, entropy, 0.0), **support}
+            return cache, drawn
+
+        step = jax.vmap(one_sample, in_axes=(0, 0, 0, 0, None))
+        first = jnp.repeat(transformer.last_token(prompts.tokens, prompts.lengths)[None], group, axis=0)
+        cache = jax.tree.map(lambda a: jnp.zeros((group, *a.shape), a.dtype),
+                             jax.eval_shape(lambda: network.empty_cache(parameters, count, completion_length)))
+        alive = jnp.ones((group, count), bool)
+        shapes = jax.eval_shape(step, cache, first, keys, alive, jnp.zeros((), jnp.int32))[1]
+        buffers = jax.tree.map(lambda a: jnp.zeros((completion_length, *a.shape), a.dtype), shapes)
+        buffers["tokens"] = jnp.full_like(buffers["tokens"], pad_id)
+
+        def body(carry):
+            now, cache, token, alive, buffers = carry
+            cache, drawn = step(cache, token, keys, alive, now)
+            buffers = jax.tree.map(lambda b, d: jax.lax.dynamic_update_index_in_dim(b, d, now, 0), buffers, drawn)
+            return now + 1, cache, drawn["tokens"], alive & (drawn["tokens"] != end_id), buffers
+
+        def unfinished(carry):
+            now, _, _, alive, _ = carry
+            left = alive.any()
+            if axis is not None:
+                left = jax.lax.psum(left.astype(jnp.int32), axis) > 0
+            return (now < completion_length) & left
+
+        carry = (jnp.zeros((), jnp.int32), cache, first, alive, buffers)
+        _, _, _, alive, buffers = jax.lax.while_loop(unfinished, body, carry)
+        rows = {name: _prompt_major(a) for name, a in buffers.items()}
+        return Samples(**rows, finished=~alive.T.reshape(-1),
+                       version=jnp.full((count * group,), version, jnp.int32))
+
+    return draw
+
+
+def _sample_keys(key: Key[Array, ""], group: int, count: int) -> Key[Array, "G P"]:
+    fold = jax.random.fold_in
+    prompt_keys = jax.vmap(fold, (None, 0))(key, jnp.arange(count))
+    return jax.vmap(jax.vmap(fold, (0, None)), (None, 0))(prompt_keys, jnp.arange(group))
+
+
+def _prompt_major(a: Any) -> Array:
+    """[T, G, P, ...] -> [P * G, T, ...]."""
+    a = jnp.moveaxis(a, (2, 1, 0), (0, 1, 2))
+    return a.reshape(-1, *a.shape[2:])

@@ -1,0 +1,57 @@
+"""One token from a row of logits, with the log-probability under the distribution that drew it."""
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from rl_jax.recipe import Rollout
+
+
+def kept(logits: Float[Array, "B V"], rollout: Rollout) -> Bool[Array, "B V"]:
+    """Which tokens top-k, top-p and min-p leave in; each reads the tempered distribution, all must agree.
+
+    Tokens that tie with the last one kept are kept as well.
+
+    Args:
+      logits: already divided by the temperature.
+
+    Source: top-p, Holtzman et al. 2020, arXiv:1904.09751; min-p, arXiv:2407.01082.
+    """
+    keep = jnp.ones(logits.shape, bool)
+    if rollout.top_k:
+        k = min(rollout.top_k, logits.shape[1])
+        keep &= logits >= jax.lax.top_k(logits, k)[0][:, -1:]
+    if rollout.top_p < 1:
+        ordered = jnp.sort(logits, axis=1, descending=True)
+        probability = jax.nn.softmax(ordered, axis=1)
+        before = jnp.cumsum(probability, axis=1) - probability
+        last = jnp.maximum((before < rollout.top_p).sum(axis=1) - 1, 0)
+        keep &= logits >= jnp.take_along_axis(ordered, last[:, None], axis=1)
+    if rollout.min_p > 0:
+        keep &= logits >= logits.max(axis=1, keepdims=True) + jnp.log(rollout.min_p)
+    return keep
+
+
+def draw(key: Key[Array, " B"], logits: Float[Array, "B V"], rollout: Rollout) -> tuple[
+        Int[Array, " B"], Float[Array, " B"], Float[Array, " B"], Bool[Array, "B V"] | None]:
+    """A token per row, its log-probability, the entropy (nats), and which tokens could be drawn.
+
+    Log-probability and entropy are those of the distribution that really sampled: after
+    temperature, top-k, top-p and min-p. At temperature 0 the most probable token is certain:
+    both are 0. The keys are consumed.
+
+    Returns:
+      token, logp, entropy, and the mask of kept tokens (None when nothing was cut).
+    """
+    if rollout.temperature == 0:
+        token = logits.argmax(axis=1)
+        zero = jnp.zeros(token.shape, jnp.float32)
+        return token, zero, zero, None
+    logits = logits.astype(jnp.float32) / rollout.temperature
+    keep = kept(logits, rollout) if rollout.truncated else None
+    if keep is not None:
+        logits = jnp.where(keep, logits, -jnp.inf)
+    noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], jnp.float32))(key)
+    token = (logits + noise).argmax(axis=1)
+    logp = jax.nn.log_softmax(logits, axis=1)
+    entropy = -jnp.where(jnp.isfinite(logp), jnp.exp(logp) * logp, 0.0).sum(axis=1)
+    return token, jnp.take_along_axis(logp, token[:, None], axis=1)[:, 0], entropy, keep
