@@ -1,44 +1,64 @@
-"""The gradient, by recomputing one vocabulary tile at a time."""
+"""The gradient, by computing every block of logits a second time."""
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
 
-from kernels_pallas.linear_logprob import forward
+from kernels_pallas.linear_logprob import blocks, forward, reference
 from kernels_pallas.linear_logprob.reference import Scalar
 
 Rows = Float32[Array, " M"]
 
 
-def linear_logprob(hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"], targets: Int[Array, " M"],
-                   temperature: Scalar, support: UInt32[Array, "M W"] | None, normaliser: Rows, entropy: Rows,
-                   d_logp: Rows, d_entropy: Rows, soft_cap: int | float | None,
-                   tile: int) -> tuple[Float[Array, "M D"], Float[Array, "V D"]]:
-    """Cotangents of hidden and vocabulary; nothing larger than [M, tile] is made beside them."""
+def linear_logprob(rows: tuple[Float[Array, "M D"], Int[Array, " M"], UInt32[Array, "M W"] | None, Rows, Rows, Rows, Rows],
+                   vocabulary: Float[Array, "V D"], temperature: Scalar,
+                   soft_cap: int | float | None) -> tuple[Float[Array, "M D"], Float[Array, "V D"]]:
+    """Cotangents of hidden and vocabulary, one block of logits in memory at a time.
 
-    def add(start, carry, width: int):
-        d_hidden, d_vocabulary = carry
-        u, kept = forward.tile_logits(hidden, vocabulary, temperature, support, soft_cap, start, width)
-        d_u = _logit_cotangent(u, kept, targets - start, normaliser, entropy, d_logp, d_entropy)
-        d_z = (d_u * _slope(u, temperature, soft_cap)).astype(hidden.dtype)
-        rows = jax.lax.dynamic_slice_in_dim(vocabulary, start, width, axis=0)
-        d_rows = _product(d_z, hidden, 0).astype(vocabulary.dtype)
-        d_vocabulary = jax.lax.dynamic_update_slice_in_dim(d_vocabulary, d_rows, start, axis=0)
-        return d_hidden + _product(d_z, rows, 1), d_vocabulary
+    Args:
+      rows: hidden, targets, support, then from the forward pass log-normaliser and entropy, in
+        nats, then the cotangents of log-probability and entropy.
+      vocabulary, temperature, soft_cap: as in the forward pass.
+    """
+    row_blocks, tile = blocks.choose(rows[0].shape[0], vocabulary.shape[0])
 
-    carry = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(vocabulary)
-    d_hidden, d_vocabulary = forward.over_tiles(add, carry, vocabulary.shape[0], tile)
-    return d_hidden.astype(hidden.dtype), d_vocabulary
+    def one_block(d_vocabulary, rows):
+        hidden, targets, support, *per_row = rows
+
+        def add(start, carry, width):
+            d_hidden, d_vocabulary = carry
+            u, kept = forward.tile_logits(hidden, vocabulary, temperature, support, soft_cap, start, width)
+            d_z = _logit_cotangent(u, kept, targets - start, *per_row) * _slope(u, temperature, soft_cap)
+            d_z = d_z.astype(hidden.dtype)
+            part = jax.lax.dynamic_slice_in_dim(vocabulary, start, width, axis=0)
+            d_hidden += reference.product(d_z, part, 1, 0)
+            return d_hidden, _add_rows(d_vocabulary, reference.product(d_z, hidden, 0, 0), start, row_blocks == 1)
+
+        carry = jax.lax.full_like(hidden, 0, jnp.float32), d_vocabulary
+        d_hidden, d_vocabulary = blocks.over_tiles(add, carry, vocabulary.shape[0], tile)
+        return d_vocabulary, d_hidden.astype(hidden.dtype)
+
+    d_vocabulary = jax.lax.full_like(vocabulary, 0, vocabulary.dtype if row_blocks == 1 else jnp.float32)
+    d_vocabulary, d_hidden = blocks.over_rows(one_block, d_vocabulary, rows, row_blocks)
+    return d_hidden, d_vocabulary.astype(vocabulary.dtype)
+
+
+def _add_rows(whole: Float[Array, "V D"], part: Float32[Array, "v D"], start: int | Int[Array, ""],
+              first: bool) -> Float[Array, "V D"]:
+    if not first:
+        part += jax.lax.dynamic_slice_in_dim(whole, start, part.shape[0], axis=0)
+    return jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), start, axis=0)
 
 
 def _logit_cotangent(u: Float32[Array, "M v"], kept: Bool[Array, "M v"] | None, column: Int[Array, " M"],
                      normaliser: Rows, entropy: Rows, d_logp: Rows, d_entropy: Rows) -> Float32[Array, "M v"]:
     """d_logp (1[v = target] - p_v) - d_entropy p_v (log p_v + H); 0 for tokens that are not kept."""
     logp = u - normaliser[:, None]
-    p = jnp.exp(logp)
-    pull = d_logp[:, None] + d_entropy[:, None] * (logp + entropy[:, None])
-    target = jnp.arange(u.shape[1])[None, :] == column[:, None]
-    d_u = jnp.where(target, d_logp[:, None], 0.0) - p * pull
-    return d_u if kept is None else jnp.where(kept, d_u, 0.0)
+    d_u = -jnp.exp(logp) * ((d_logp + d_entropy * entropy)[:, None] + d_entropy[:, None] * logp)
+    if kept is not None:
+        d_u = jnp.where(kept, d_u, 0.0)
+    here = (column >= 0) & (column < u.shape[1])
+    column = jnp.where(here, column, 0)
+    return d_u.at[jnp.arange(u.shape[0]), column].add(jnp.where(here, d_logp, 0.0))
 
 
 def _slope(u: Float32[Array, "M v"], temperature: Scalar, soft_cap: int | float | None) -> Scalar | Float32[Array, "M v"]:
@@ -46,7 +66,3 @@ def _slope(u: Float32[Array, "M v"], temperature: Scalar, soft_cap: int | float 
     if soft_cap is None:
         return 1.0 / temperature
     return (1.0 - (u * temperature / soft_cap) ** 2) / temperature
-
-
-def _product(d_z: Float[Array, "M v"], other: Float[Array, "..."], axis: int) -> Float32[Array, "..."]:
-    return jax.lax.dot_general(d_z, other, (((axis,), (0,)), ((), ())), preferred_element_type=jnp.float32)

@@ -5,55 +5,45 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
 
-from kernels_pallas.linear_logprob import reference, support as support_bits
+from kernels_pallas.linear_logprob import blocks, reference, support as support_bits
 from kernels_pallas.linear_logprob.reference import Scalar
+
+Rows = Float32[Array, " M"]
 
 
 class Moments(NamedTuple):
     """Sums over the tokens seen so far, per row.
 
     With u the logits: maximum, sum exp(u - maximum), sum exp(u - maximum) (u - maximum), and the
-    target's u, which stays at -inf until a tile holds the target and its support keeps it.
+    target's u, which stays -inf until a tile holds the target and keeps it.
     """
 
-    maximum: Float32[Array, " M"]
-    total: Float32[Array, " M"]
-    weighted: Float32[Array, " M"]
-    chosen: Float32[Array, " M"]
+    maximum: Rows
+    total: Rows
+    weighted: Rows
+    chosen: Rows
 
 
 def linear_logprob(hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"], targets: Int[Array, " M"],
-                   temperature: Scalar, support: UInt32[Array, "M W"] | None, soft_cap: int | float | None,
-                   tile: int) -> tuple[Float32[Array, " M"], Float32[Array, " M"], Float32[Array, " M"]]:
-    """(logp, entropy, log-normaliser) in nats; nothing larger than [M, tile] is made.
+                   temperature: Scalar, support: UInt32[Array, "M W"] | None,
+                   soft_cap: int | float | None) -> tuple[Rows, Rows, Rows]:
+    """(logp, entropy, log-normaliser) in nats, one block of logits in memory at a time.
 
     The log-normaliser of a row that keeps no token is 0, so that later arithmetic stays finite.
     """
     size = vocabulary.shape[0]
+    row_blocks, tile = blocks.choose(hidden.shape[0], size)
 
-    def add(start, seen: Moments, width: int) -> Moments:
-        u, kept = tile_logits(hidden, vocabulary, temperature, support, soft_cap, start, width)
-        return _add(seen, u, kept, targets - start)
+    def one_block(_, rows):
+        hidden, targets, support = rows
 
-    zero = jnp.zeros(hidden.shape[:1], jnp.float32)
-    seen = Moments(zero + reference.EXCLUDED / 2, zero, zero, zero - jnp.inf)
-    seen = over_tiles(add, seen, size, tile)
-    empty = seen.total == 0
-    total = jnp.where(empty, 1.0, seen.total)
-    normaliser = jnp.where(empty, 0.0, seen.maximum + jnp.log(total))
-    return seen.chosen - normaliser, jnp.log(total) - seen.weighted / total, normaliser
+        def add(start, seen, width):
+            u, kept = tile_logits(hidden, vocabulary, temperature, support, soft_cap, start, width)
+            return _merged(seen, _moments(u, kept, targets - start))
 
+        return None, _results(blocks.over_tiles(add, _nothing_seen(hidden), size, tile))
 
-def over_tiles(body, carry, size: int, tile: int):
-    """body(start, carry, width) over all full tiles, and once more, narrower, over what is left."""
-    full = size // tile
-    if full == 1:
-        carry = body(0, carry, tile)
-    else:
-        carry = jax.lax.fori_loop(0, full, lambda i, carry: body(i * tile, carry, tile), carry)
-    if size % tile:
-        carry = body(full * tile, carry, size % tile)
-    return carry
+    return blocks.over_rows(one_block, None, (hidden, targets, support), row_blocks)[1]
 
 
 def tile_logits(hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"], temperature: Scalar,
@@ -69,18 +59,36 @@ def tile_logits(hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"], te
     return u, support_bits.unpack_support(part, width)
 
 
-def _add(seen: Moments, u: Float32[Array, "M v"], kept: Bool[Array, "M v"] | None, column: Int[Array, " M"]) -> Moments:
+def _nothing_seen(hidden: Float[Array, "M D"]) -> Moments:
+    full = lambda value: jax.lax.full_like(hidden, value, jnp.float32, hidden.shape[:1])
+    return Moments(full(reference.EXCLUDED / 2), full(0), full(0), full(-jnp.inf))
+
+
+def _moments(u: Float32[Array, "M v"], kept: Bool[Array, "M v"] | None, column: Int[Array, " M"]) -> Moments:
+    maximum = u.max(axis=-1)
     if kept is not None:
         u = jnp.where(kept, u, reference.EXCLUDED)
-    maximum = jnp.maximum(seen.maximum, u.max(axis=-1))
+        maximum = jnp.maximum(u.max(axis=-1), reference.EXCLUDED / 2)
     x = u - maximum[:, None]
     e = jnp.exp(x)
-    shift = seen.maximum - maximum
-    shrink = jnp.exp(shift)
     here = jnp.take_along_axis(u, jnp.clip(column, 0, u.shape[1] - 1)[:, None], axis=1)[:, 0]
     inside = (column >= 0) & (column < u.shape[1]) & (here > reference.EXCLUDED / 2)
+    return Moments(maximum, e.sum(axis=-1), (e * x).sum(axis=-1), jnp.where(inside, here, -jnp.inf))
+
+
+def _merged(a: Moments, b: Moments) -> Moments:
+    maximum = jnp.maximum(a.maximum, b.maximum)
+    shift_a, shift_b = a.maximum - maximum, b.maximum - maximum
+    shrink_a, shrink_b = jnp.exp(shift_a), jnp.exp(shift_b)
     return Moments(
         maximum=maximum,
-        total=seen.total * shrink + e.sum(axis=-1),
-        weighted=(seen.weighted + seen.total * shift) * shrink + (e * x).sum(axis=-1),
-        chosen=jnp.where(inside, here, seen.chosen))
+        total=a.total * shrink_a + b.total * shrink_b,
+        weighted=(a.weighted + a.total * shift_a) * shrink_a + (b.weighted + b.total * shift_b) * shrink_b,
+        chosen=jnp.maximum(a.chosen, b.chosen))
+
+
+def _results(seen: Moments) -> tuple[Rows, Rows, Rows]:
+    empty = seen.total == 0
+    total = jnp.where(empty, 1.0, seen.total)
+    normaliser = jnp.where(empty, 0.0, seen.maximum + jnp.log(total))
+    return seen.chosen - normaliser, jnp.log(total) - seen.weighted / total, normaliser

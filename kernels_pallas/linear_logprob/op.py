@@ -27,8 +27,8 @@ def linear_logprob(hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"],
       temperature: positive, dimensionless; carries no gradient.
       soft_cap: bound on the logits before the temperature, positive, in nats; None: no bound.
       support: tokens that truncated sampling kept (`support.pack_support`); p is 0 elsewhere.
-      implementation: "reference" (all logits in memory), "xla" (tiles of the vocabulary), or
-        None for the best measured on this device.
+      implementation: "reference" (all logits in memory), "xla" (one block at a time), or None
+        for the best measured on this device.
 
     Returns:
       Log-probability of the target and entropy of the distribution, in nats.
@@ -39,11 +39,8 @@ def linear_logprob(hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"],
     """
     _check(hidden, vocabulary, targets, temperature, soft_cap, support)
     run = dispatch.implementation("linear_logprob", implementation, "xla",
-                                  {"reference": reference.linear_logprob, "xla": _tiled})
-    dtype = jnp.result_type(hidden, vocabulary)
-    dtype = dtype if dtype == jnp.bfloat16 else jnp.float32
-    return run(hidden.astype(dtype), vocabulary.astype(dtype), targets,
-               jnp.asarray(temperature, jnp.float32), support, soft_cap)
+                                  {"reference": reference.linear_logprob, "xla": _blocked})
+    return run(*_aligned(hidden, vocabulary, targets, jnp.asarray(temperature, jnp.float32), support), soft_cap)
 
 
 def _check(hidden, vocabulary, targets, temperature, soft_cap, support) -> None:
@@ -60,25 +57,38 @@ def _check(hidden, vocabulary, targets, temperature, soft_cap, support) -> None:
             raise ValueError(f"{name} must be positive, not {value}.")
 
 
+def _aligned(*arrays):
+    """The arrays, all varying over the mesh axes that any of them varies over.
+
+    Inside `shard_map` a replicated argument then gets its gradient summed over the devices.
+    """
+    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays if x is not None]
+    axes = frozenset().union(*varying)
+
+    def align(x):
+        missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(align, arrays)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _tiled(hidden, vocabulary, targets, temperature, support, soft_cap):
-    return _tiled_forward(hidden, vocabulary, targets, temperature, support, soft_cap)[0]
+def _blocked(hidden, vocabulary, targets, temperature, support, soft_cap):
+    return forward.linear_logprob(hidden, vocabulary, targets, temperature, support, soft_cap)[:2]
 
 
-def _tiled_forward(hidden, vocabulary, targets, temperature, support, soft_cap):
-    logp, entropy, normaliser = forward.linear_logprob(
-        hidden, vocabulary, targets, temperature, support, soft_cap, blocks.vocabulary_tile(vocabulary.shape[0]))
+def _blocked_forward(hidden, vocabulary, targets, temperature, support, soft_cap):
+    logp, entropy, normaliser = forward.linear_logprob(hidden, vocabulary, targets, temperature, support, soft_cap)
     return (logp, entropy), (hidden, vocabulary, targets, temperature, support, normaliser, logp, entropy)
 
 
-def _tiled_backward(soft_cap, residuals, cotangents):
+def _blocked_backward(soft_cap, residuals, cotangents):
     hidden, vocabulary, targets, temperature, support, normaliser, logp, entropy = residuals
     d_logp, d_entropy = cotangents
     d_logp = jnp.where(jnp.isneginf(logp), 0.0, d_logp)
-    d_hidden, d_vocabulary = backward.linear_logprob(
-        hidden, vocabulary, targets, temperature, support, normaliser, entropy, d_logp, d_entropy, soft_cap,
-        blocks.vocabulary_tile(vocabulary.shape[0]))
+    rows = hidden, targets, support, normaliser, entropy, d_logp, d_entropy
+    d_hidden, d_vocabulary = backward.linear_logprob(rows, vocabulary, temperature, soft_cap)
     return d_hidden, d_vocabulary, None, jnp.zeros_like(temperature), None
 
 
-_tiled.defvjp(_tiled_forward, _tiled_backward)
+_blocked.defvjp(_blocked_forward, _blocked_backward)

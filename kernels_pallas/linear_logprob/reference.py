@@ -13,15 +13,16 @@ EXCLUDED = -2e30
 
 def logits(hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"], temperature: Scalar,
            soft_cap: int | float | None) -> Float32[Array, "M V"]:
-    """cap tanh(h w / cap) / temperature, summed in float32."""
-    z = jax.lax.dot_general(hidden, vocabulary, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return from_product(z, temperature, soft_cap)
+    """cap tanh(h w / cap) / temperature, summed in float32; without a cap h w / temperature."""
+    z = product(hidden, vocabulary, 1, 1)
+    return (z if soft_cap is None else soft_cap * jnp.tanh(z / soft_cap)) / temperature
 
 
-def from_product(z: Float32[Array, "..."], temperature: Scalar, soft_cap: int | float | None) -> Float32[Array, "..."]:
-    """cap tanh(z / cap) / temperature; z / temperature without a cap."""
-    capped = z if soft_cap is None else soft_cap * jnp.tanh(z / soft_cap)
-    return capped / temperature
+def product(a: Float[Array, "..."], b: Float[Array, "..."], a_axis: int, b_axis: int) -> Float32[Array, "..."]:
+    """Matrix product summed over one axis of each, in float32; in bfloat16 only if both are."""
+    dtype = jnp.bfloat16 if a.dtype == b.dtype == jnp.bfloat16 else jnp.float32
+    return jax.lax.dot_general(a.astype(dtype), b.astype(dtype), (((a_axis,), (b_axis,)), ((), ())),
+                               preferred_element_type=jnp.float32)
 
 
 def linear_logprob(hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"], targets: Int[Array, " M"],

@@ -12,7 +12,7 @@ from rl_jax.recipe import Recipe
 from rl_jax.types import Evaluated, Experience, Parameters
 
 
-def make_evaluate(network: Network, temperature: float) -> update.Evaluate:
+def make_evaluate(network: Network, temperature: float, *, implementation: str | None = None) -> update.Evaluate:
     """Returns evaluate(parameters, x) -> Evaluated, differentiable in the parameters.
 
     `parameters` holds the weights by role: "policy" and, where the recipe asks for one, "critic".
@@ -21,10 +21,11 @@ def make_evaluate(network: Network, temperature: float) -> update.Evaluate:
 
     Args:
       temperature: of the rollout; greater than 0.
+      implementation: of `linear_logprob`; None is the best for the device.
     """
     def evaluate(parameters: dict[str, Parameters], x: Experience) -> Evaluated:
         hidden = network.hidden(parameters["policy"], x.prompts.tokens, x.prompts.lengths, x.tokens)
-        logp, entropy = _of_hidden(network, parameters["policy"], hidden, x, temperature)
+        logp, entropy = _of_hidden(network, parameters["policy"], hidden, x, temperature, implementation)
         values = None
         if "critic" in parameters:
             body, weight = parameters["critic"]["body"], parameters["critic"]["value"]
@@ -36,11 +37,11 @@ def make_evaluate(network: Network, temperature: float) -> update.Evaluate:
 
 
 def _of_hidden(network: Network, parameters: Parameters, hidden: Float[Array, "N T D"], x: Experience,
-               temperature: float) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
+               temperature: float, implementation: str | None) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
     n, t, d = hidden.shape
     support = None if x.support is None else x.support.reshape(n * t, -1)
     logp, entropy = linear_logprob(hidden.reshape(n * t, d), network.vocabulary(parameters), x.tokens.reshape(-1),
-                                   temperature=temperature, support=support)
+                                   temperature=temperature, support=support, implementation=implementation)
     return logp.reshape(n, t), entropy.reshape(n, t)
 
 

@@ -53,13 +53,15 @@ def initial_state(recipe: Recipe, network: Network, optimiser: optax.GradientTra
 
 
 def make_pieces(recipe: Recipe, task: Any, network: Network, optimiser: optax.GradientTransformation,
-                judge: collect.Judge, *, microbatches: int = 1, axis: str | None = None) -> Pieces:
+                judge: collect.Judge, *, microbatches: int = 1, axis: str | None = None,
+                learning_rate: Callable[[Array], Array] | None = None) -> Pieces:
     """The draw-and-judge half and the learning half of a step.
 
     Args:
       task: a `tasks.task.Task`; its tokenizer's end and pad ids and its completion length are read.
       judge: (prompts, samples) -> Verdict, from `tasks.judge`.
       axis: name of the vmap axis over replicas, if there is one.
+      learning_rate: the optimiser's schedule, for the metrics.
     """
     if recipe.rollout is None:
         temperature, ask = 1.0, given_answers
@@ -88,9 +90,13 @@ def make_pieces(recipe: Recipe, task: Any, network: Network, optimiser: optax.Gr
         state = dataclasses.replace(
             state, step=state.step + 1, parameters=parameters, optimiser=optimiser_state, control=control,
             skipped=jnp.where(metrics["gradient/skipped"] > 0, state.skipped + 1, 0))
+        metrics |= {f"control/{name}": jnp.asarray(value) for name, value in coefficients.items()}
         if recipe.rollout is not None:
-            metrics = {**metrics, "reward/mean": x.reward.mean()}
-        return state, {**metrics, **{f"control/{n}": jnp.asarray(c) for n, c in coefficients.items()}}, x
+            metrics["reward/mean"] = x.reward.mean()
+        if learning_rate is not None:
+            passed = (state.step - 1) * recipe.schedule.epochs * recipe.schedule.minibatches
+            metrics["optimiser/learning_rate"] = jnp.asarray(learning_rate(passed), jnp.float32)
+        return state, metrics, x
 
     return Pieces(ask=ask, learn=learn)
 

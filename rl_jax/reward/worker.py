@@ -5,6 +5,7 @@ a verifier does not return.
 """
 import collections
 import concurrent.futures
+import concurrent.futures.process
 import functools
 import math
 import multiprocessing.context
@@ -90,11 +91,12 @@ class Workers:
                              "must be at least one worker, and the limits must be positive.")
         self._count, self._deadline_s, self._limit_s = count, deadline_s, verifier.time_limit_s
         self._names = ("score", *verifier.parts)
-        self._lock = threading.Lock()
-        self._pool = None
+        self._lock, self._pool = threading.Lock(), None
+        self._closed = False
         try:
             self._verifier = cloudpickle.dumps(verifier.score)
-            self._schedule(_load, self._verifier, timeout=deadline_s).result()
+            self._pool = self._start()
+            self._schedule([], timeout_s=deadline_s).result()
         except Exception as error:
             self.close()
             raise ValueError(f"the verifier cannot be loaded in a worker process: {error!r}. It must be picklable, and "
@@ -107,7 +109,8 @@ class Workers:
         self.close()
 
     def close(self) -> None:
-        """Kills the workers."""
+        """Kills the workers; nothing can be scored any more."""
+        self._closed = True
         if self._pool is not None:
             self._pool.stop()
             self._pool.join()
@@ -124,6 +127,8 @@ class Workers:
           fields: what the verifier is told about each question.
           texts: the completions.
         """
+        if self._closed:
+            raise ValueError("the workers are closed: start new ones.")
         answers = [(i, f, t) for i, (f, t) in enumerate(zip(fields, texts, strict=True))]
         rows = np.full((len(answers), len(self._names)), np.nan, np.float32)
         reasons = self._fill(rows, answers)
@@ -144,8 +149,7 @@ class Workers:
         while (waiting or running) and time.monotonic() < until:
             while waiting and len(running) < CHUNKS_PER_WORKER * self._count:
                 chunk = waiting.popleft()
-                running[self._schedule(_score, self._verifier, self._names, self._limit_s, chunk,
-                                       timeout=SLICE_S + self._limit_s + GRACE_S)] = chunk
+                running[self._schedule(chunk, timeout_s=SLICE_S + self._limit_s + GRACE_S)] = chunk
             done, _ = concurrent.futures.wait(
                 running, max(0, until - time.monotonic()), concurrent.futures.FIRST_COMPLETED)
             for future in done:
@@ -155,14 +159,24 @@ class Workers:
         late = sum(map(len, (*waiting, *running.values())))
         return reasons + collections.Counter({f"not reached in {self._deadline_s} s": late})
 
-    def _schedule(self, function: Callable, *args: Any, timeout: float) -> concurrent.futures.Future:
-        """Runs the function in a worker; a pool that broke is replaced by a new one."""
+    def _schedule(self, chunk: Chunk, timeout_s: float) -> concurrent.futures.Future:
+        """Gives the chunk to a worker; a pool that broke is replaced by a new one."""
+        arguments = (self._verifier, self._names, self._limit_s, chunk)
         with self._lock:
-            if self._pool is None or not self._pool.active:
-                self.close()
-                self._pool = pebble.ProcessPool(
-                    self._count, initializer=_prepare, initargs=(self._verifier,), context=_Context())
-            return self._pool.schedule(function, args=args, timeout=timeout)
+            try:
+                if not self._pool.active:
+                    self._pool.stop()
+                    self._pool.join()
+                    self._pool = self._start()
+                return self._pool.schedule(_score, args=arguments, timeout=timeout_s)
+            except RuntimeError as error:  # It broke just now.
+                time.sleep(0.05)
+                broken = concurrent.futures.Future()
+                broken.set_exception(concurrent.futures.process.BrokenProcessPool(str(error)))
+                return broken
+
+    def _start(self) -> pebble.ProcessPool:
+        return pebble.ProcessPool(self._count, initializer=_prepare, initargs=(self._verifier,), context=_Context())
 
 
 def _take(

@@ -1,10 +1,8 @@
 """reasoning_gym's generators by name, and their own scorers; imports no jax, as workers need it."""
-import functools
-import json
 from collections.abc import Mapping
 from typing import Any
 
-INSTALL = "reasoning_gym tasks need the extra 'tasks': pip install rl_jax[tasks]"
+INSTALL = "this needs the extra 'tasks': pip install rl_jax[tasks]"
 
 
 def dataset(generator: str, options: Mapping[str, Any], *, seed: int, size: int) -> Any:
@@ -21,7 +19,7 @@ def dataset(generator: str, options: Mapping[str, Any], *, seed: int, size: int)
         import reasoning_gym
         from reasoning_gym import factory
     except ImportError as error:
-        raise ImportError(INSTALL) from error
+        raise ImportError(f"reasoning_gym is not installed; {INSTALL}") from error
     if generator not in factory.DATASETS:
         raise ValueError(f"generator={generator!r} is unknown; there are {sorted(factory.DATASETS)}.")
     allowed = set(factory.DATASETS[generator][1].__dataclass_fields__) - {"seed", "size"}
@@ -34,22 +32,33 @@ def dataset(generator: str, options: Mapping[str, Any], *, seed: int, size: int)
         raise ValueError(f"{generator!r} refuses options {dict(options)}: {error}") from error
 
 
-def score(
-    generator: str, options: str, partial_credit: bool, fields: Mapping[str, Any], text: str
-) -> dict[str, float]:
-    """What the generator's own scorer says of an answer; surrounding white space does not count.
+class Scorer:
+    """A generator's own scorer as a host verifier.
 
-    Args:
-      generator: one of reasoning_gym's names.
-      options: its options as JSON, so that they can be remembered by value.
-      partial_credit: whether the score is the credit; otherwise it is 1 for full credit, else 0.
-      fields: "question", "answer" and "metadata" as the generator gave them.
-      text: the completion.
+    A copy sent to a worker makes its generator there, so that importing it is no answer's time.
     """
-    credit = float(_scorer(generator, options).score_answer(answer=text.strip(), entry=fields))
-    return {"score": credit if partial_credit else float(credit == 1.0), "partial_credit": credit}
 
+    def __init__(self, generator: str, options: Mapping[str, Any], partial_credit: bool):
+        """Makes the generator.
 
-@functools.lru_cache(maxsize=8)
-def _scorer(generator: str, options: str) -> Any:
-    return dataset(generator, json.loads(options), seed=0, size=1)
+        Args:
+          generator: one of reasoning_gym's names.
+          options: fields of its configuration.
+          partial_credit: whether the score is the credit; otherwise it is 1 for full credit, else 0.
+        """
+        self._arguments = (generator, dict(options), partial_credit)
+        self._partial_credit = partial_credit
+        self._dataset = dataset(generator, options, seed=0, size=1)
+
+    def __reduce__(self):
+        return Scorer, self._arguments
+
+    def __call__(self, fields: Mapping[str, Any], text: str) -> dict[str, float]:
+        """Score and credit of an answer; white space around it does not count.
+
+        Args:
+          fields: "question", "answer" and "metadata" as the generator gave them.
+          text: the completion.
+        """
+        credit = float(self._dataset.score_answer(answer=text.strip(), entry=fields))
+        return {"score": credit if self._partial_credit else float(credit == 1.0), "partial_credit": credit}

@@ -93,6 +93,13 @@ def score_on_host(task: tasks.Task, split: str, workers: Scorer, example: Array 
                    parts={name: np.asarray(parts.get(name, zero), np.float32) for name in task.verifier.parts})
 
 
+def rows_of(prompts: Prompts, samples: Samples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per sequence, in host memory: the example it answers, its tokens, its mask. Waits for the samples."""
+    tokens, mask = np.asarray(samples.tokens), np.asarray(samples.mask)
+    example = np.asarray(prompts.example)
+    return np.repeat(example, len(tokens) // len(example)), tokens, mask
+
+
 def texts_of(tokenizer: tasks.Tokenizer, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
     """The chosen tokens of each row as text, without the end token."""
     return [tokenizer.decode([int(t) for t in row[keep] if t != tokenizer.end_id])

@@ -91,6 +91,9 @@ class Task:
       prompt_length: S, the longest prompt in tokens.
       completion_length: T, the generation budget in tokens, the end token included.
       fingerprint: digest of what the questions were made from (name, arguments, sizes, seeds).
+      report: how the splits came about, for a person to read before the run.
+      final_answer: a completion's answer in a form that equal answers share, None if it has none;
+        what majority voting counts.
     """
 
     name: str
@@ -100,6 +103,8 @@ class Task:
     prompt_length: int
     completion_length: int
     fingerprint: str
+    report: str = ""
+    final_answer: Callable[[str], str | None] = lambda text: text.strip() or None
 
     def __post_init__(self):
         if "train" not in self.splits:

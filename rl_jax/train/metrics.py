@@ -59,23 +59,17 @@ class Lines:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         self.last = self._cut(math.inf)
-        self._file = path.open("ab")
 
     def append(self, added: Sequence[Mapping[str, Any]]):
-        """Writes rows of one step in one piece; they are on their way to the disk when this returns."""
-        self._file.write("".join(to_json(row) + "\n" for row in added).encode())
-        self._file.flush()
+        """Writes rows of one step in one piece; a process that is killed afterwards does not lose them."""
+        written = "".join(to_json(row) + "\n" for row in added).encode()
+        with self.path.open("ab") as file:
+            file.write(written)
         self.last = dict(added[-1]) if added else self.last
 
     def truncate_to(self, step: int):
         """Drops the rows of every step after `step`."""
-        self._file.close()
         self.last = self._cut(step)
-        self._file = self.path.open("ab")
-
-    def close(self):
-        """No row can be appended afterwards."""
-        self._file.close()
 
     def _cut(self, step):
         """Keeps the whole rows up to `step` and returns the last of them, or None."""
@@ -108,11 +102,12 @@ class Writer:
     """
 
     def __init__(self, workdir: str | pathlib.Path, *, tensorboard: bool = False, wandb: bool = False):
-        mirrors = ((_TensorBoard,) if tensorboard else ()) + ((_WandB,) if wandb else ())
+        extras = [(mirror, _optional(module, f"{name}=True")) for asked, mirror, module, name in (
+            (tensorboard, _TensorBoard, "tensorboardX", "tensorboard"), (wandb, _WandB, "wandb", "wandb")) if asked]
         self.workdir = pathlib.Path(workdir)
         self._metrics = Lines(self.workdir / "metrics.jsonl")
         self._rollouts = Lines(self.workdir / "rollouts.jsonl")
-        self._mirrors = [mirror(self.workdir, self.step) for mirror in mirrors]
+        self._mirrors = [mirror(module, self.workdir, self.step) for mirror, module in extras]
         self._start_clock()
 
     @property
@@ -162,9 +157,9 @@ class Writer:
         self._start_clock()
 
     def close(self):
-        """Finishes the files; nothing can be written afterwards."""
-        for part in (self._metrics, self._rollouts, *self._mirrors):
-            part.close()
+        """Finishes what TensorBoard and W&B still hold back; the JSONL files need no closing."""
+        for mirror in self._mirrors:
+            mirror.close()
 
     def __enter__(self) -> "Writer":
         return self
@@ -229,13 +224,13 @@ def rollout_rows(x: types.Experience, prompts: Sequence[str], completions: Seque
 class _TensorBoard:
     """Event files; `purge_step` hides what a killed run wrote after the step it resumes from."""
 
-    def __init__(self, workdir, step):
-        self._module = _optional("tensorboardX", "tensorboard=True")
+    def __init__(self, module, workdir, step):
+        self._module = module
         self._directory = str(workdir / "tensorboard")
-        self._open(step)
+        self._open(step + 1 if step else None)
 
-    def _open(self, step):
-        self._writer = self._module.SummaryWriter(self._directory, purge_step=step + 1 if step else None)
+    def _open(self, purge_step):
+        self._writer = self._module.SummaryWriter(self._directory, purge_step=purge_step)
 
     def write(self, step, numbers):
         for name, value in numbers.items():
@@ -243,7 +238,7 @@ class _TensorBoard:
 
     def truncate_to(self, step):
         self._writer.close()
-        self._open(step)
+        self._open(step + 1)
 
     def close(self):
         self._writer.close()
@@ -252,8 +247,7 @@ class _TensorBoard:
 class _WandB:
     """One run per work directory. The service keeps the first value of a step that is sent twice."""
 
-    def __init__(self, workdir, step):
-        module = _optional("wandb", "wandb=True")
+    def __init__(self, module, workdir, step):
         identity = workdir / "wandb_run_id"
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex)
@@ -311,6 +305,6 @@ def _parse(line, path, number):
         raise ValueError(f"{path}, line {number} is not JSON ({error}): the file was changed by something else; "
                          "repair or move it.") from error
     if not isinstance(row, dict) or "step" not in row:
-        raise ValueError(f"{path}, line {number} is not a JSON object with a \"step\": the file was changed by something "
-                         "else; repair or move it.")
+        raise ValueError(f"{path}, line {number} is not a JSON object with a \"step\": the file was changed by "
+                         "something else; repair or move it.")
     return row

@@ -30,8 +30,8 @@ class Progress:
       clock: seconds, from any origin.
     """
 
-    def __init__(self, total: int, *, done: int = 0, every_s: float = 5.0,
-                 console: rich.console.Console | None = None, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, total: int, *, done: int = 0, every_s: int | float = 5.0,
+                 console: rich.console.Console | None = None, clock: Callable[[], int | float] = time.monotonic):
         self.console = console or rich.console.Console()
         self.live = self.console.is_terminal and not self.console.is_dumb_terminal
         self._every_s, self._clock, self._said = every_s, clock, -math.inf
@@ -99,7 +99,7 @@ def numbers(metrics: Mapping[str, Any]) -> str:
     return "  ".join(shown)
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """A time as a person says it: "42 s", "3 min 20 s", "2 h 5 min", "3 d 4 h".
 
     Args:

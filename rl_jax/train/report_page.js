@@ -259,7 +259,7 @@ class Curve {
     return this.series.filter(s => short(s.name) === short(name)).length > 1 ? name : short(name);
   }
 
-  /** The legend says the value under the cursor, or the last one. */
+  /** The legend says the value under the cursor, or the one before it where there is none; without cursor, the last. */
   mark() {
     const row = view.cursor;
     this.cursor.replaceChildren();
@@ -267,17 +267,20 @@ class Curve {
       const x = this.x(position(row));
       this.cursor.append(draw("line", {class: "cursor", x1: x, x2: x, y1: PAD.top, y2: HEIGHT - PAD.bottom}));
     }
-    this.legend.replaceChildren(...this.series.map(s => {
-      const value = row ? row[s.name] : s.points.at(-1)?.y;
-      const error = row ? row[s.name + "_stderr"] : s.points.at(-1)?.error;
-      if (row && typeof value === "number") this.cursor.append(draw("circle",
-        {cx: this.x(position(row)), cy: this.y(value), r: 3.4, style: {fill: s.colour}}));
-      const label = this.series.length > 1 ? this.label(s.name) + " " : "";
-      const where = row ? ` at step ${row.step.toLocaleString("en")}` : " last";
-      return make("div", {}, make("i", {style: {background: s.colour}}), make("span", {}, label),
-        make("b", {}, figure(value, this.chart.unit)), error ? ` ± ${figure(error, this.chart.unit)}` : "",
-        make("span", {}, where));
-    }));
+    this.legend.replaceChildren(...this.series.map(s => this.entry(s, row)));
+  }
+
+  entry(series, row) {
+    const missing = row && series.missing.includes(row);
+    const point = missing ? undefined : row ? series.points.findLast(p => p.row.step <= row.step) : series.points.at(-1);
+    if (row && point) this.cursor.append(draw("circle",
+      {cx: this.x(position(point.row)), cy: this.y(point.y), r: 3.4, style: {fill: series.colour}}));
+    const label = this.series.length > 1 ? this.label(series.name) + " " : "";
+    const at = point ? point.row : row;
+    const where = !at ? "" : row ? ` at step ${at.step.toLocaleString("en")}` : " last";
+    return make("div", {}, make("i", {style: {background: series.colour}}), make("span", {}, label),
+      make("b", {}, figure(missing ? row[series.name] : point?.y, this.chart.unit)),
+      point?.error ? ` ± ${figure(point.error, this.chart.unit)}` : "", make("span", {}, where));
   }
 }
 

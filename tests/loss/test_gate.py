@@ -58,7 +58,8 @@ def test_dual_clip_worked_example(ratio, advantage, loss):
     np.testing.assert_allclose(found, loss, rtol=1e-6)
 
 
-@pytest.mark.parametrize("ratio, advantage, high, slope", [(1.25, 1, 0.28, 1.25), (1.25, 1, 0.2, 0), (0.75, -1, 0.28, 0)])
+@pytest.mark.parametrize("ratio, advantage, high, slope", [(1.25, 1, 0.28, 1.25), (1.25, 1, 0.2, 0),
+                                                           (0.75, -1, 0.28, 0)])
 def test_decoupled_band_worked_example(ratio, advantage, high, slope):
     # Formula sheet of DAPO: gradient in the log-probability, which is r times that in r.
     gradient = jax.grad(lambda r: -gate.ppo_clip(r, jnp.full((1, 1), float(advantage)), 0.2, high).sum())(

@@ -27,12 +27,12 @@ def factory(name):
     return getattr(MODULES[name], name.rsplit(".", 1)[-1])
 
 
-def compiled(recipe, counted=lambda function: function):
-    """(policy, x) -> ((loss, extras), gradient in what the policy says), one compiled function."""
-    def loss(policy, x):
-        return update.batch_loss(recipe, policy, x)
+def loss_and_gradient(recipe):
+    """(policy, x) -> ((loss, extras), gradient in what the policy says)."""
+    def run(policy, x):
+        return jax.value_and_grad(lambda policy: update.batch_loss(recipe, policy, x), has_aux=True)(policy)
 
-    return jax.jit(counted(jax.value_and_grad(loss, has_aux=True)))
+    return run
 
 
 @pytest.fixture(scope="module", params=MODULES)
@@ -40,7 +40,7 @@ def case(request):
     """Recipe, its compiled loss and gradient, a batch, a policy, and what comes out."""
     recipe = factory(request.param)()
     x = toy.experience(recipe)
-    policy, run = toy.policy(x), compiled(recipe)
+    policy, run = toy.policy(x), jax.jit(loss_and_gradient(recipe))
     return recipe, run, x, policy, run(policy, x)
 
 
@@ -114,7 +114,7 @@ def test_padding_changes_nothing(case):
     longer = dataclasses.replace(
         x, tokens=padded(x.tokens), mask=padded(x.mask), rollout_logp=padded(x.rollout_logp),
         rollout_entropy=padded(x.rollout_entropy), given={n: padded(v) for n, v in x.given.items()})
-    found, found_gradient = compiled(recipe)(jax.tree.map(padded, policy), longer)
+    found, found_gradient = jax.jit(loss_and_gradient(recipe))(jax.tree.map(padded, policy), longer)
     same(found, out)
     same(found_gradient, jax.tree.map(padded, gradient))
 
@@ -147,10 +147,17 @@ def test_microbatches_add_up_to_the_same_gradient(case):
 
 def test_the_second_call_does_not_retrace(case):
     recipe, _, x, policy, _ = case
-    run = compiled(recipe, counted=lambda f: chex.assert_max_traces(f, n=1))
+    traces = []
+
+    def counted(policy, x):
+        traces.append(recipe.name)
+        return loss_and_gradient(recipe)(policy, x)
+
+    run = jax.jit(counted)
     run(policy, x)
     other = toy.experience(recipe, seed=5)
     chex.assert_tree_all_finite(run(toy.policy(other, seed=6), other))
+    assert traces == [recipe.name]
 
 
 def test_learns_a_two_armed_bandit(case):

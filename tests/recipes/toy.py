@@ -9,7 +9,7 @@ from rl_jax.learner import assemble
 from rl_jax.recipe import Recipe
 from rl_jax.types import Evaluated, Experience, Prompts, Samples, Verdict
 
-PROMPTS, TIME, VOCABULARY = 4, 6, 5
+PROMPTS, TIME, VOCABULARY = 6, 6, 5
 GIVEN = {"reference": "reference_logp", "old": "old_logp", "teacher": "teacher_logp", "critic": "values"}
 
 
@@ -26,7 +26,7 @@ def coefficients(recipe: Recipe) -> dict:
 
 
 def experience(recipe: Recipe, seed: int = 0) -> Experience:
-    """Samples with holes, one empty and one failed sequence; odd samples of each prompt are right.
+    """Samples with holes, one empty, one full and one failed sequence; odd samples are right, and all of prompt 1.
 
     What the recipe asked for is there and nothing else, so reading more is an error.
     """
@@ -35,9 +35,10 @@ def experience(recipe: Recipe, seed: int = 0) -> Experience:
     length = rng.integers(1, TIME + 1, shape[0])
     mask = (np.arange(TIME) < length[:, None]) & (rng.random(shape) < 0.8)
     mask[:, 0] = True
-    mask[0] = False
+    mask[0], mask[1] = False, True
     failed = np.arange(shape[0]) == shape[0] - 1
-    score = (np.arange(shape[0]) % 2).astype(np.float32) + 0.1 * rng.random(shape[0])
+    prompt, sample = np.divmod(np.arange(shape[0]), recipe.group_size)
+    score = ((prompt == 1) | (sample % 2 == 1)) + 0.1 * rng.random(shape[0])
 
     def logp():
         return jnp.asarray(-np.abs(rng.normal(size=shape)), jnp.float32)

@@ -1,10 +1,12 @@
 import dataclasses
+import multiprocessing
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import numpy as np
@@ -69,6 +71,23 @@ def test_an_answer_that_hangs_or_kills_its_worker_fails_alone(workers, fault):
     assert not workers.score([{"answer": "a"}] * 8, ["a"] * 8)[2].any()
 
 
+def test_workers_killed_from_outside_are_replaced(workers):
+    for process in multiprocessing.active_children():
+        process.kill()
+    for _ in range(3):
+        score, _, failed = workers.score([{"answer": "a"}] * 40, ["a"] * 40)
+        np.testing.assert_array_equal(score, 1)
+        assert not failed.any()
+        time.sleep(0.1)
+
+
+def test_closed_workers_score_nothing():
+    pool = worker.Workers(host(), 1)
+    pool.close()
+    with pytest.raises(ValueError, match="closed"):
+        pool.score([{}], [""])
+
+
 def test_the_deadline_bounds_a_call():
     with worker.Workers(host(time_limit_s=30.0), 1, deadline_s=1.5) as pool:
         start = time.monotonic()
@@ -119,8 +138,9 @@ def test_a_verifier_that_cannot_be_loaded_is_an_error():
 
     with pytest.raises(ValueError, match="cannot be loaded.*No such file"):
         worker.Workers(host(Refuses(), ()), 1)
-    with pytest.raises(ValueError, match="cannot be loaded"):
-        worker.Workers(host((lambda lock: lambda fields, text: lock)(os.scandir()), ()), 1)
+    lock = threading.Lock()
+    with pytest.raises(ValueError, match="cannot be loaded.*pickle"):
+        worker.Workers(host(lambda fields, text: {"score": float(lock.locked())}, ()), 1)
 
 
 @pytest.mark.parametrize("wrong", [{"count": 0}, {"deadline_s": 0.0}])

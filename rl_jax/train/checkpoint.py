@@ -1,0 +1,129 @@
+"""Checkpoints: the whole state and the data cursor in one directory per step, written in the background."""
+import dataclasses
+import pathlib
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from rl_jax.types import TrainState
+
+NOT_VALIDATED = -1.0
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest few, and the best few by validation.
+
+    A step's directory appears under its final name only when it is complete, so one that was
+    being written when the run was killed is never seen.
+    """
+
+    def __init__(self, workdir: pathlib.Path | str, *, keep_last: int = 2, keep_best: int = 1):
+        """Opens `workdir/checkpoints`, made if it is missing.
+
+        Args:
+          keep_last: newest checkpoints kept.
+          keep_best: checkpoints kept for their validation score.
+        """
+        self._path = pathlib.Path(workdir).absolute() / "checkpoints"
+        policies = [checkpoint_managers.LatestN(keep_last)]
+        if keep_best:
+            policies.append(checkpoint_managers.BestN(get_metric_fn=_score, n=keep_best,
+                                                      keep_checkpoints_without_metrics=False))
+        self._manager = ocp.CheckpointManager(self._path, options=ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), best_fn=_score, best_mode="max",
+            enable_async_checkpointing=True))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits for what is still being written, and closes."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def save(self, step: int, state: TrainState, cursor: dict[str, Any], *, pending: Any = None,
+             score: float = NOT_VALIDATED) -> None:
+        """Saves in the background; the state may be donated as soon as this returns.
+
+        Args:
+          step: of the whole run, the directory's name.
+          cursor: where the data and the phases stand, plain values.
+          pending: rollouts in flight (two-program mode), a pytree of arrays.
+          score: validation pass@1, by which the best are kept.
+        """
+        items = {"parameters": ocp.args.StandardSave(state.parameters), "cursor": ocp.args.JsonSave(cursor),
+                 "training": ocp.args.StandardSave(_without_parameters(state))}
+        if pending is not None:
+            items["pending"] = ocp.args.StandardSave(pending)
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics={"score": score})
+
+    def steps(self) -> list[int]:
+        """The steps that can be restored, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def latest(self) -> int | None:
+        """The newest step, None if there is none."""
+        return self._manager.latest_step()
+
+    def best(self) -> int | None:
+        """The step with the best validation score; the newest if none was validated."""
+        best = self._manager.best_step()
+        if best is None or self._manager.metrics(best)["score"] == NOT_VALIDATED:
+            return self.latest()
+        return best
+
+    def cursor(self, step: int) -> dict[str, Any]:
+        """What `save` was given as cursor."""
+        return self._restore(step, cursor=ocp.args.JsonRestore())["cursor"]
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state of a step.
+
+        Args:
+          like: shapes, dtypes and shardings, as arrays or `jax.ShapeDtypeStruct`.
+        """
+        rest = _without_parameters(like)
+        found = self._restore(step, parameters=ocp.args.StandardRestore(like.parameters),
+                              training=ocp.args.StandardRestore(rest))
+        fields = dict(found["training"])
+        fields["key"] = jax.random.wrap_key_data(fields["key"])
+        return TrainState(parameters=found["parameters"], **fields)
+
+    def restore_pending(self, step: int, like: Any) -> Any:
+        """The rollouts in flight of a step."""
+        return self._restore(step, pending=ocp.args.StandardRestore(like))["pending"]
+
+    def restore_parameters(self, step: int, like: Any) -> Any:
+        """The trained weights of a step, by role."""
+        return self._restore(step, parameters=ocp.args.StandardRestore(like))["parameters"]
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        if step not in self._manager.all_steps():
+            raise ValueError(f"{self._path} has no checkpoint of step {step}; there are {self.steps() or 'none'}.")
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            raise ValueError(
+                f"the checkpoint {self._path / str(step)} cannot be read (damaged, or of another configuration): "
+                f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. Nothing was changed. Move that "
+                f"directory away to continue from an earlier one (there are {self.steps()}).") from error
+
+
+def _score(metrics: dict[str, float]) -> float:
+    return metrics["score"]
+
+
+def _without_parameters(state: TrainState) -> dict[str, Any]:
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name != "parameters"}
+    return {**fields, "key": _key_data(fields["key"])}
+
+
+def _key_data(key: Any) -> Any:
+    if isinstance(key, jax.ShapeDtypeStruct):
+        return jax.eval_shape(jax.random.key_data, key)
+    return jax.random.key_data(key)

@@ -1,0 +1,163 @@
+"""The loop as a generator of ticks; metrics, checkpoints and validation consume them."""
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+
+from rl_jax.experiment import Phase
+from rl_jax.learner import optimiser, step
+from rl_jax.models.network import Network
+from rl_jax.tasks import judge
+from rl_jax.tasks import task as tasks
+from rl_jax.tasks.stream import Stream
+from rl_jax.types import Experience, Parameters, Prompts, TrainState, Verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class Tick:
+    """One dispatch later.
+
+    Attributes:
+      done: steps of this phase.
+      state: after them. It is donated to the next dispatch: use it before the next tick.
+      metrics: on the device; with a leading axis where a dispatch makes several steps, behind one of
+        replicas where there are several.
+      experience: of the first groups of the batch, on the device, with the same leading axes.
+      data: the stream's state.
+      pending: rollouts in flight, (prompts, samples); None in the one-program mode.
+    """
+
+    done: int
+    state: TrainState
+    metrics: dict[str, Array]
+    experience: Experience
+    data: dict[str, Any]
+    pending: Any
+
+
+class PhaseLoop:
+    """The compiled programs of one phase, and the ticks that they make."""
+
+    def __init__(self, phase: Phase, task: tasks.Task, network: Network, *, workers: Any = None,
+                 shown_groups: int | None = None, mesh: jax.sharding.Mesh | None = None):
+        """Composes the programs; nothing is compiled before `prepare` or the first tick.
+
+        Args:
+          workers: where a host verifier runs (`reward.worker.Workers`).
+          shown_groups: groups whose experience a tick carries; None carries all.
+          mesh: the devices a batch is sharded over; None for one.
+        """
+        self.phase, self.task, self.network, self.workers = phase, task, network, workers
+        numbers = phase.optimiser
+        self.optimiser = optimiser.transform(numbers, phase.updates)
+        scale, recipe = phase.scale, phase.recipe
+        verdict = None
+        if recipe.rollout is not None:
+            verdict = judge.make_judge(task, "train", workers=workers, mesh=mesh)
+        if scale.program == "split":
+            verdict = no_verdict(task)
+        self.pieces = step.make_pieces(
+            recipe, task, network, self.optimiser, verdict, microbatches=scale.microbatches,
+            axis=step.SEED_AXIS if scale.seeds > 1 else None,
+            learning_rate=optimiser.learning_rate(numbers, phase.updates))
+        self._shown = shown_groups
+        self._compiled: dict[str, Callable] = {}
+
+    def stream(self, seed: int) -> Stream:
+        """The phase's prompts, at their beginning."""
+        return Stream(self.task, "train", self.phase.prompts_asked, seed=seed,
+                      need_answers=self.phase.recipe.rollout is None)
+
+    def initial_state(self, key: Key[Array, ""], policy: Parameters | None = None) -> TrainState:
+        """The state before the first step, with a leading axis of replicas if there are several.
+
+        Args:
+          key: consumed.
+          policy: weights of the phase before, with the same leading axis; None for fresh ones.
+        """
+        def one(key, policy):
+            return step.initial_state(self.phase.recipe, self.network, self.optimiser, key, policy)
+
+        if self.phase.scale.seeds == 1:
+            return jax.jit(one)(key, policy)
+        return jax.jit(jax.vmap(one, (0, None if policy is None else 0)))(
+            jax.random.split(key, self.phase.scale.seeds), policy)
+
+    def prepare(self, state: TrainState, prompts: Prompts) -> dict[str, Any]:
+        """Compiles for these shapes, once; returns the compiled programs by name.
+
+        Args:
+          state, prompts: arrays or shapes of one dispatch.
+        """
+        if self._compiled:
+            return self._compiled
+        scale = self.phase.scale
+        if scale.program == "one":
+            program = step.make_step(self.pieces, steps_per_call=scale.steps_per_call, seeds=scale.seeds,
+                                     shown_groups=self._shown)
+            self._compiled["step"] = jax.jit(program, donate_argnums=0).lower(state, prompts).compile()
+            return self._compiled
+        draw, index = step.make_draw(self.pieces), jax.ShapeDtypeStruct((), jnp.int32)
+        lowered = jax.jit(draw).lower(state.parameters, state.key, prompts, index)
+        self._compiled["draw"] = lowered.compile()
+        samples = jax.eval_shape(draw, state.parameters, state.key, prompts, index)
+        blank = jax.eval_shape(no_verdict(self.task), prompts, samples)
+        learn = step.make_learn(self.pieces, self._shown)
+        self._compiled["learn"] = jax.jit(learn, donate_argnums=0).lower(state, prompts, samples, blank).compile()
+        return self._compiled
+
+    def ticks(self, state: TrainState, stream: Stream, *, done: int = 0, pending: Any = None) -> Iterator[Tick]:
+        """Goes on from `done` steps to the end of the phase.
+
+        Args:
+          state: donated.
+          pending: rollouts in flight when `state` was saved; None at the start of a phase.
+        """
+        return (self._one if self.phase.scale.program == "one" else self._two)(state, stream, done, pending)
+
+    def _one(self, state: TrainState, stream: Stream, done: int, pending: Any) -> Iterator[Tick]:
+        per_call = self.phase.scale.steps_per_call
+        while done < self.phase.scale.steps:
+            prompts = jax.device_put(batches(stream, per_call))
+            program = self.prepare(state, prompts)["step"]
+            state, metrics, experience = program(state, prompts)
+            done += per_call
+            yield Tick(done, state, metrics, experience, stream.state(), None)
+
+    def _two(self, state: TrainState, stream: Stream, done: int, pending: Any) -> Iterator[Tick]:
+        def drawn(prompts, index):
+            program = self.prepare(state, prompts)["draw"]
+            return prompts, program(state.parameters, state.key, prompts, jax.device_put(np.int32(index)))
+
+        pending = drawn(jax.device_put(next(stream)), 0) if pending is None else pending
+        while done < self.phase.scale.steps:
+            now, pending = pending, None
+            if done + 1 < self.phase.scale.steps:  # the device draws this while the host scores
+                pending = drawn(jax.device_put(next(stream)), done + 1)
+            prompts, samples = now
+            verdict = judge.score_on_host(self.task, "train", self.workers, *judge.rows_of(prompts, samples))
+            program = self.prepare(state, prompts)["learn"]
+            state, metrics, experience = program(state, prompts, samples, jax.device_put(verdict))
+            done += 1
+            yield Tick(done, state, metrics, experience, stream.state(), pending)
+
+
+def batches(stream: Iterator[Prompts], count: int) -> Prompts:
+    """The next batch; with count > 1 so many of them, stacked on a new leading axis."""
+    if count == 1:
+        return next(stream)
+    return jax.tree.map(lambda *rows: np.stack(rows), *(next(stream) for _ in range(count)))
+
+
+def no_verdict(task: tasks.Task) -> Callable[..., Any]:
+    """A judge that scores nothing, for the program that only draws."""
+    def judge_nothing(prompts, samples):
+        zero = jnp.zeros(samples.finished.shape, jnp.float32)
+        return Verdict(score=zero, failed=jnp.zeros(samples.finished.shape, bool),
+                       parts={name: zero for name in task.verifier.parts})
+
+    return judge_nothing

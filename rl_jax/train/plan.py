@@ -1,0 +1,157 @@
+"""What a step will cost, from XLA's own analysis, before the first one runs."""
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import rich.table
+
+from rl_jax.learner import assemble, evaluate, update
+from rl_jax.train.loop import PhaseLoop
+from rl_jax.types import Experience, Prompts, TrainState
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One phase of the step: floating-point operations, and bytes read and written or held."""
+
+    phase: str
+    flops: float
+    bytes: float
+
+
+def rows(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> list[Row]:
+    """FLOPs and bytes per part of one step of one replica, then the bytes that are held.
+
+    Parts are analysed as lowered, before XLA fuses them: bytes are those read and written by the unfused
+    operations, an upper bound. Decoding is one step times the budget T (the loop may stop earlier).
+    What is held is of the compiled program.
+
+    Args:
+      state, prompts: arrays or shapes of one dispatch.
+    """
+    scale = loop.phase.scale
+    compiled = loop.prepare(state, prompts)
+    if scale.seeds > 1:
+        state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), state)
+    if scale.steps_per_call > 1:
+        prompts = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), prompts)
+    prompts = _first(prompts, scale.prompts_per_step)
+    found = [] if loop.phase.recipe.rollout is None else _rollout(loop, state, prompts)
+    found += _learning(loop, state, prompts)
+    held = {"held: parameters": state.parameters, "held: optimiser": state.optimiser, "held: frozen": state.frozen}
+    found += [Row(name, 0.0, _size(tree) * scale.seeds) for name, tree in held.items()]
+    return found + [Row(f"held: temporaries ({name})", 0.0, float(program.memory_analysis().temp_size_in_bytes))
+                    for name, program in compiled.items()]
+
+
+def needed_bytes(loop: PhaseLoop) -> int:
+    """Arguments, results and temporaries of the largest compiled program, donated memory counted once."""
+    def total(analysis):
+        return (analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
+                - analysis.alias_size_in_bytes)
+
+    return max(total(program.memory_analysis()) for program in loop.prepare(None, None).values())
+
+
+def check_memory(loop: PhaseLoop) -> None:
+    """Refuses a step that cannot fit.
+
+    Raises:
+      ValueError: what is needed, what there is, and which knobs help.
+    """
+    scale = loop.phase.scale
+    limit = scale.memory_limit_gib * GIB or device_bytes()
+    needed = needed_bytes(loop)
+    if needed > limit:
+        raise ValueError(
+            f"the step of {loop.phase.recipe.name} needs {needed / GIB:.2f} GiB and {limit / GIB:.2f} GiB are allowed. "
+            f"Raise scale.microbatches (now {scale.microbatches}), set model.remat=True, or lower "
+            f"scale.prompts_per_step (now {scale.prompts_per_step}), scale.seeds (now {scale.seeds}) or the task's "
+            "prompt_length and completion_length. scale.memory_limit_gib sets the limit.")
+
+
+def device_bytes() -> int:
+    """Memory of the first device; of the machine, where the device is its CPU."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    return statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def table(found: list[Row], title: str) -> rich.table.Table:
+    """The rows for the terminal."""
+    shown = rich.table.Table(title=title, title_justify="left")
+    shown.add_column("part of the step")
+    shown.add_column("GFLOP", justify="right")
+    shown.add_column("MiB", justify="right")
+    for row in found:
+        shown.add_row(row.phase, f"{row.flops / 1e9:.3f}" if row.flops else "", f"{row.bytes / 2**20:.2f}")
+    return shown
+
+
+def _rollout(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> list[Row]:
+    network, count = loop.network, prompts.lengths.shape[0]
+    rows_of_group = count * loop.phase.recipe.group_size
+    policy, length = state.parameters["policy"], loop.task.completion_length
+
+    def prefill(policy, tokens):
+        return network.prefill(policy, tokens)
+
+    def decode(policy, prompt_cache, cache, token, lengths, now):
+        hidden, cache = network.decode(policy, prompt_cache, cache, token, lengths, now)
+        return hidden @ network.vocabulary(policy).T, cache
+
+    one_per_prompt = (policy, jax.eval_shape(prefill, policy, prompts.tokens),
+                      jax.eval_shape(lambda p: network.empty_cache(p, count, length), policy),
+                      prompts.lengths, prompts.lengths, jax.ShapeDtypeStruct((), "int32"))
+    first = _analysed("prefill", prefill, policy, prompts.tokens)
+    step = _analysed(f"decode, {length} steps", decode, *one_per_prompt)
+    times = length * rows_of_group / count
+    return [first, Row(step.phase, step.flops * times, step.bytes * times)]
+
+
+def _learning(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> list[Row]:
+    recipe = loop.phase.recipe
+    temperature = 1.0 if recipe.rollout is None else recipe.rollout.temperature
+    policy_of = evaluate.make_evaluate(loop.network, temperature)
+    x = jax.eval_shape(lambda s, p: _blank_experience(loop, s, p), state, prompts)
+    found = []
+    for role in recipe.models:
+        weights = {"policy": state.frozen[role]} if role in state.frozen else state.parameters
+        found.append(_analysed(f"{role} forward", policy_of, weights, x))
+
+    def gradient(parameters, frozen, x):
+        full = evaluate.with_models(recipe, policy_of, parameters, frozen, x)
+        return update.make_gradient(recipe, policy_of)(parameters, assemble.with_advantage(recipe, full))
+
+    forwards = sum(row.flops for row in found), sum(row.bytes for row in found)
+    whole = _analysed("update: forward and backward", gradient, state.parameters, state.frozen, x)
+    passes = recipe.schedule.epochs
+    found.append(Row(whole.phase, (whole.flops - forwards[0]) * passes, max(whole.bytes - forwards[1], 0.0) * passes))
+
+    def apply(gradient, optimiser, parameters):
+        return loop.optimiser.update(gradient, optimiser, parameters)
+
+    step = _analysed("optimiser", apply, state.parameters, state.optimiser, state.parameters)
+    times = passes * recipe.schedule.minibatches
+    return [*found, Row(step.phase, step.flops * times, step.bytes * times)]
+
+
+def _blank_experience(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> Experience:
+    _, samples, verdict, _ = loop.pieces.ask(state.parameters["policy"], prompts, state.key, state.step)
+    coefficients = {n: one.read(state.control[n]) for n, one in loop.phase.recipe.schedule.controls.items()}
+    return assemble.experience(prompts, samples, verdict, coefficients=coefficients)
+
+
+def _analysed(name: str, function: Any, *shapes: Any) -> Row:
+    cost = jax.jit(function).lower(*shapes).cost_analysis() or {}
+    return Row(name, float(cost.get("flops", 0.0)), float(cost.get("bytes accessed", 0.0)))
+
+
+def _first(prompts: Prompts, count: int) -> Prompts:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((count, *a.shape[1:]), a.dtype), prompts)
+
+
+def _size(tree: Any) -> float:
+    return float(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree)))

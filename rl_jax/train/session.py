@@ -1,0 +1,314 @@
+"""A run from a config: phases in order, written down, saved, validated, resumable, interruptible."""
+import contextlib
+import dataclasses
+import json
+import pathlib
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+
+from rl_jax.experiment import Experiment, Phase
+from rl_jax.learner import step as steps
+from rl_jax.models.network import Network
+from rl_jax.recipe import Rollout
+from rl_jax.reward import worker
+from rl_jax.tasks import judge
+from rl_jax.tasks import task as tasks
+from rl_jax.train import checkpoint, evaluation, examine, loop, metrics, plan, progress, report
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """How a run ended.
+
+    Attributes:
+      step: of the whole run, the last one done.
+      interrupted: whether it was asked to stop before its end.
+      report: the HTML file.
+      checkpoint: the directory of the last checkpoint.
+      policy: the weights, one replica each on a leading axis if there are several.
+    """
+
+    step: int
+    interrupted: bool
+    report: pathlib.Path | None
+    checkpoint: pathlib.Path
+    policy: Any
+
+
+def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Writes `config.json`, or checks that the run in `workdir` has the same one.
+
+    Raises:
+      ValueError: if it has another; shows the difference.
+    """
+    path, text = workdir / "config.json", json.dumps(config, indent=2, sort_keys=True, default=list)
+    if path.exists():
+        before, now = _flat(json.loads(path.read_text())), _flat(json.loads(text))
+        differ = [f"  {name}: there {before.get(name, 'absent')!r}, now {now.get(name, 'absent')!r}"
+                  for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+        if differ:
+            raise ValueError(f"{workdir} holds a run with another config:\n" + "\n".join(differ) +
+                             "\nGive the same config to continue it, or another --workdir to start a new run.")
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def _flat(tree: Any, name: str = "config") -> dict[str, Any]:
+    if isinstance(tree, dict):
+        return {k: v for key, value in tree.items() for k, v in _flat(value, f"{name}.{key}").items()}
+    if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
+        return {k: v for i, value in enumerate(tree) for k, v in _flat(value, f"{name}[{i}]").items()}
+    return {name: tree}
+
+
+@contextlib.contextmanager
+def host_workers(task: tasks.Task, count: int) -> Iterator[worker.Workers | None]:
+    """The processes of a host verifier, started now; None for a pure verifier."""
+    if isinstance(task.verifier, tasks.PureVerifier):
+        yield None
+        return
+    with worker.Workers(task.verifier, count) as workers:
+        yield workers
+
+
+class Interrupt:
+    """Turns the first Ctrl-C or SIGTERM into a wish to stop between steps; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> "Interrupt":
+        self._before = {}
+        with contextlib.suppress(ValueError):  # not the main thread: nobody can be interrupted
+            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+class Session:
+    """One run in one directory. `go` runs or resumes it."""
+
+    def __init__(self, experiment: Experiment, workdir: pathlib.Path | str, *,
+                 console: rich.console.Console | None = None):
+        """Prepares; nothing is written yet.
+
+        Args:
+          workdir: holds the run; `claim` it first.
+        """
+        self.experiment, self.workdir = experiment, pathlib.Path(workdir)
+        self.console = console or rich.console.Console()
+        self.network = Network(experiment.shape)
+        self.names = phase_names(experiment)
+        self._key = jax.random.key(experiment.run.seed)
+        self._examiner = None
+        self._last_time = time.monotonic()
+
+    @property
+    def total(self) -> int:
+        """Steps of all phases."""
+        return sum(phase.scale.steps for phase in self.experiment.phases)
+
+    def go(self) -> Finished:
+        """Runs every phase to its end, from the newest checkpoint if there is one."""
+        run = self.experiment.run
+        with contextlib.ExitStack() as stack:
+            # the workers come first: they are forked from a process that has no threads of jax yet
+            self._workers = stack.enter_context(host_workers(self.experiment.task, run.workers))
+            self._saved = stack.enter_context(
+                checkpoint.Checkpoints(self.workdir, keep_last=run.keep_last, keep_best=run.keep_best))
+            self._writer = stack.enter_context(metrics.Writer(
+                self.workdir, tensorboard="tensorboard" in run.trackers, wandb="wandb" in run.trackers))
+            latest = self._saved.latest()
+            cursor = {"phase": 0, "done": 0} if latest is None else self._saved.cursor(latest)
+            self._writer.truncate_to(latest or 0)
+            self._interrupt = stack.enter_context(Interrupt())
+            self._progress = stack.enter_context(progress.Progress(self.total, done=latest or 0, console=self.console))
+            self._say_start(latest)
+            finished = self._phases(latest, cursor)
+        return dataclasses.replace(finished, report=report.write(self.workdir) if finished.step else None)
+
+    def _say_start(self, latest: int | None) -> None:
+        if self.experiment.task.report:
+            self._progress.note(self.experiment.task.report)
+        if latest is not None:
+            self._progress.note(f"resuming {self.workdir} after step {latest}")
+
+    def _phases(self, latest: int | None, cursor: dict[str, Any]) -> Finished:
+        policy, reached = None, latest or 0
+        for index in range(cursor["phase"], len(self.experiment.phases)):
+            at = cursor if latest is not None and index == cursor["phase"] else None
+            state, reached = self._phase(index, policy, at, latest)
+            policy = state.parameters["policy"]
+            if self._interrupt.asked:
+                self._progress.note(f"stopped after step {reached}; the same command continues from there")
+                break
+        where = self.workdir / "checkpoints" / str(reached)
+        return Finished(step=reached, interrupted=self._interrupt.asked, report=None, checkpoint=where, policy=policy)
+
+    def _phase(self, index: int, policy: Any, at: dict[str, Any] | None, latest: int | None):
+        """Runs one phase; returns its last state and the number of the last step."""
+        phase = self.experiment.phases[index]
+        offset = sum(before.scale.steps for before in self.experiment.phases[:index])
+        one = loop.PhaseLoop(phase, self.experiment.task, self.network, workers=self._workers,
+                             shown_groups=self.experiment.run.shown_groups or 1)
+        key = jax.random.fold_in(self._key, index)
+        stream = one.stream(self.experiment.run.seed + index)
+        done, pending = 0, None
+        if at is None:
+            state = one.initial_state(key, policy)
+        else:
+            state, done, pending = self._restored(one, key, stream, at, latest)
+        if done < phase.scale.steps:
+            self._plan(one, index, state)
+            state, done = self._ticks(one, index, offset, state, stream, done, pending)
+        return state, offset + done
+
+    def _restored(self, one: loop.PhaseLoop, key: Any, stream: Any, at: dict[str, Any], latest: int):
+        stream.restore(at["data"])
+        like = jax.eval_shape(lambda k: _initial(one, k), key)
+        state = self._saved.restore(latest, like)
+        pending = None
+        if at["pending"]:
+            prompts = jax.tree.map(_shape, one.stream(0).__next__())
+            draw = steps.make_draw(one.pieces)
+            samples = jax.eval_shape(draw, like.parameters, like.key, prompts, jax.ShapeDtypeStruct((), np.int32))
+            pending = self._saved.restore_pending(latest, (prompts, samples))
+        return state, at["done"], pending
+
+    def _plan(self, one: loop.PhaseLoop, index: int, state: Any) -> None:
+        scale = one.phase.scale
+        prompts = loop.batches(one.stream(0), scale.steps_per_call)
+        shapes = jax.tree.map(_shape, (state, prompts))
+        began = time.monotonic()
+        one.prepare(*shapes)
+        compiled_s = time.monotonic() - began
+        plan.check_memory(one)
+        found = plan.rows(one, *shapes)
+        self.console.print(plan.table(found, f"{self.names[index]}: {scale.steps} steps, compiled in {compiled_s:.1f} s"))
+        path = self.workdir / "plan.json"
+        known = json.loads(path.read_text()) if path.exists() else []
+        known = [row for row in known if row["run_phase"] != self.names[index]]
+        new = [{"run_phase": self.names[index], "phase": f"{self.names[index]}: {row.phase}", "flops": row.flops,
+                "bytes": row.bytes} for row in found]
+        path.write_text(json.dumps(known + new))
+        self._last_time = time.monotonic()
+
+    def _ticks(self, one: loop.PhaseLoop, index: int, offset: int, state: Any, stream: Any, done: int, pending: Any):
+        run, phase, unwritten, tick = self.experiment.run, one.phase, None, None
+        for tick in one.ticks(state, stream, done=done, pending=pending):
+            if unwritten is not None:  # reading metrics waits for the device: it is busy with this tick meanwhile
+                self._write(unwritten, index, offset, phase)
+            unwritten = _light(tick)
+            number = offset + tick.done
+            last = tick.done == phase.scale.steps or self._interrupt.asked
+            validate = run.validate_every and (number % run.validate_every == 0 or tick.done == phase.scale.steps)
+            if last or validate or number % run.checkpoint_every == 0:
+                self._write(unwritten, index, offset, phase)
+                unwritten = None
+                score = self._validate(tick, index, number) if validate else checkpoint.NOT_VALIDATED
+                cursor = {"phase": index, "done": tick.done, "data": tick.data, "pending": tick.pending is not None}
+                self._saved.save(number, tick.state, cursor, pending=tick.pending, score=score)
+                self._last_time = time.monotonic()
+            if self._interrupt.asked:
+                break
+        return tick.state, tick.done
+
+    def _write(self, tick: loop.Tick, index: int, offset: int, phase: Phase) -> None:
+        """Waits for a tick's numbers and writes a line per step; stops the run that has stopped learning."""
+        values = jax.device_get(tick.metrics)
+        now = time.monotonic()
+        per_call = phase.scale.steps_per_call
+        seconds, self._last_time = (now - self._last_time) / per_call, now
+        lines = [_line(values, k, phase.scale) for k in range(per_call)]
+        for k, line in enumerate(lines):
+            step = offset + tick.done - per_call + k + 1
+            line["speed/step_s"] = seconds
+            if "rollout/length" in line:
+                asked = phase.scale.prompts_per_step * phase.recipe.group_size * line.get("rollout/waves", 1.0)
+                line["speed/tokens_per_s"] = line["rollout/length"] * asked / seconds
+            self._writer.metrics(step, self.names[index], line)
+        self._progress.update(offset + tick.done, self.names[index], lines[-1])
+        if self.experiment.run.shown_groups and phase.recipe.rollout is not None:
+            self._write_rollouts(tick, index, offset, phase.scale)
+        self._check_learning(values, phase)
+
+    def _write_rollouts(self, tick: loop.Tick, index: int, offset: int, scale: Any) -> None:
+        x = jax.device_get(tick.experience)
+        x = jax.tree.map(lambda a: a[0], x) if scale.seeds > 1 else x
+        for k in range(scale.steps_per_call):
+            one = jax.tree.map(lambda a, k=k: a[k], x) if scale.steps_per_call > 1 else x
+            task = self.experiment.task
+            prompts = [task.splits["train"][int(i)].text for i in one.prompts.example]
+            drawn = one.mask | one.failed[:, None]
+            texts = judge.texts_of(task.tokenizer, one.tokens, drawn)
+            self._writer.rollouts(offset + tick.done - scale.steps_per_call + k + 1, self.names[index],
+                                  metrics.rollout_rows(one, prompts, texts, groups=self.experiment.run.shown_groups))
+
+    def _check_learning(self, values: dict[str, Any], phase: Phase) -> None:
+        self._skipped = self.__dict__.get("_skipped", 0)
+        for skipped in np.atleast_2d(values["gradient/skipped"]).max(axis=0):
+            self._skipped = self._skipped + 1 if skipped > 0 else 0
+            if self._skipped >= phase.scale.stop_after_skips:
+                raise FloatingPointError(
+                    f"{self._skipped} steps in a row had no finite gradient, as many as scale.stop_after_skips allows. "
+                    "The weights are those before them, in the last checkpoint. Lower the learning rate, or look for "
+                    "what the loss divides by.")
+
+    def _validate(self, tick: loop.Tick, index: int, number: int) -> float:
+        run, task = self.experiment.run, self.experiment.task
+        if self._examiner is None:
+            self._examiner = examine.Examiner(self.network, task, "validation", workers=self._workers,
+                                              rollout=Rollout(group_size=run.validation_samples))
+        key = jax.random.fold_in(jax.random.fold_in(self._key, 1_000_003), number)
+        found = self._examiner(tick.state.parameters["policy"], key, problems=run.validation_prompts)
+        estimate = evaluation.summary(found.scores, found.failed)["pass@1"]
+        self._writer.metrics(number, self.names[index], {"validation/pass@1": estimate[0],
+                                                         "validation/pass@1_stderr": estimate[1]})
+        self._progress.note(f"step {number}: validation pass@1 {estimate[0]:.3f} +- {estimate[1]:.3f}")
+        return float(estimate[0]) if np.isfinite(estimate[0]) else checkpoint.NOT_VALIDATED
+
+
+def phase_names(experiment: Experiment) -> list[str]:
+    """The recipes' names, numbered where one occurs twice."""
+    names = [phase.recipe.name or "recipe" for phase in experiment.phases]
+    return [f"{name}_{names[:i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def _initial(one: loop.PhaseLoop, key: Any) -> Any:
+    return one.initial_state(key)
+
+
+def _shape(a: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, a.dtype)
+
+
+def _light(tick: loop.Tick) -> loop.Tick:
+    """The tick without what the next dispatch will donate."""
+    return dataclasses.replace(tick, state=None, pending=None)
+
+
+def _line(values: dict[str, Any], k: int, scale: Any) -> dict[str, float]:
+    """One step's numbers: means over replicas, with their spread, where there are several."""
+    if scale.steps_per_call > 1:
+        values = {name: value[..., k] for name, value in values.items()}
+    if scale.seeds == 1:
+        return {name: float(value) for name, value in values.items()}
+    spread = {f"{name}_seed_std": float(np.std(value)) for name, value in values.items()}
+    return {name: float(np.mean(value)) for name, value in values.items()} | spread

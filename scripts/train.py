@@ -1,0 +1,51 @@
+"""Trains what a config describes: python scripts/train.py --config=configs/toys/addmod.py --workdir=runs/addmod.
+
+Any field can be changed on the command line (--config.optimiser.learning_rate=1e-4), and a config
+that takes a recipe's name is given it after a colon (--config=configs/toys/addmod.py:baselines.rloo).
+A workdir that holds a run of the same config is continued.
+"""
+# workers of a host verifier import this file: heavy imports stay inside the functions
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a Python file with get_config().")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.")
+
+
+def main(_: list[str]) -> None:
+    """Parses, claims the directory, runs."""
+    from rl_jax import experiment
+    from rl_jax.train import session
+
+    workdir = pathlib.Path(_WORKDIR.value)
+    try:
+        parsed = experiment.parse(_CONFIG.value)
+        session.claim(workdir, experiment.plain(_CONFIG.value))
+        finished = session.Session(parsed, workdir).go()
+    except (ValueError, ImportError, FileNotFoundError, FloatingPointError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    print(f"step {finished.step}{', stopped early' if finished.interrupted else ''}")
+    print(f"checkpoint {finished.checkpoint}")
+    print(f"report {finished.report}")
+
+
+def start() -> None:
+    """Hands over to absl; an override that names no field of the config is answered with those that there are."""
+    flags.mark_flags_as_required(["config", "workdir"])
+    try:
+        app.run(main)
+    except AttributeError:
+        from rl_jax import experiment
+
+        wrong = experiment.misnamed(flags.FLAGS["config"].value, sys.argv[1:])
+        if wrong is None:
+            raise
+        sys.exit(f"ValueError: {wrong}")
+
+
+if __name__ == "__main__":
+    start()
