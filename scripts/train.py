@@ -6,9 +6,10 @@ A workdir that holds a run of the same config is continued.
 """
 # workers of a host verifier import this file: heavy imports stay inside the functions
 import pathlib
+import runpy
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -21,6 +22,7 @@ def main(_: list[str]) -> None:
     from rl_jax import experiment
     from rl_jax.train import session
 
+    logging.set_verbosity(logging.WARNING)
     workdir = pathlib.Path(_WORKDIR.value)
     try:
         parsed = experiment.parse(_CONFIG.value)
@@ -41,10 +43,15 @@ def start() -> None:
     except AttributeError:
         from rl_jax import experiment
 
-        wrong = experiment.misnamed(flags.FLAGS["config"].value, sys.argv[1:])
+        given = [argument.split("=", 1)[1] for argument in sys.argv if argument.startswith("--config=")]
+        path, _, recipe = given[-1].partition(":")
+        config = runpy.run_path(path)["get_config"](*([recipe] if recipe else []))
+        wrong = experiment.misnamed(config, sys.argv[1:])
         if wrong is None:
             raise
         sys.exit(f"ValueError: {wrong}")
+    except ValueError as error:  # the config file's own
+        sys.exit(f"ValueError: {error}")
 
 
 if __name__ == "__main__":

@@ -65,10 +65,9 @@ def _nothing_seen(hidden: Float[Array, "M D"]) -> Moments:
 
 
 def _moments(u: Float32[Array, "M v"], kept: Bool[Array, "M v"] | None, column: Int[Array, " M"]) -> Moments:
-    maximum = u.max(axis=-1)
     if kept is not None:
         u = jnp.where(kept, u, reference.EXCLUDED)
-        maximum = jnp.maximum(u.max(axis=-1), reference.EXCLUDED / 2)
+    maximum = jnp.maximum(u.max(axis=-1), reference.EXCLUDED / 2)
     x = u - maximum[:, None]
     e = jnp.exp(x)
     here = jnp.take_along_axis(u, jnp.clip(column, 0, u.shape[1] - 1)[:, None], axis=1)[:, 0]

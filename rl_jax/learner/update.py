@@ -103,7 +103,7 @@ def make_update(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTra
 
     def update(parameters: Parameters, state: Any, x: Experience) -> tuple[Parameters, Any, Metrics]:
         gradient, metrics = gradient_of(parameters, x)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm)
         step, new_state = optimiser.update(gradient, state, parameters)
         new = optax.apply_updates(parameters, step)

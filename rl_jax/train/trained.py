@@ -1,0 +1,59 @@
+"""The weights of a run, for evaluation and sampling."""
+import dataclasses
+import json
+import pathlib
+
+import jax
+
+from rl_jax import experiment
+from rl_jax.models.network import Network
+from rl_jax.train import checkpoint, loop
+from rl_jax.types import Parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A run's experiment, network and weights, and the step they are of."""
+
+    experiment: experiment.Experiment
+    network: Network
+    policy: Parameters
+    step: int
+
+
+def load(workdir: pathlib.Path | str, which: str = "best") -> Trained:
+    """The policy of a run.
+
+    Args:
+      workdir: of a run with at least one checkpoint.
+      which: "best" (by validation), "latest", or a step's number. Of several replicas the first.
+
+    Raises:
+      ValueError: if there is no such checkpoint.
+    """
+    workdir = pathlib.Path(workdir)
+    if not (workdir / "config.json").is_file():
+        raise ValueError(f"{workdir} holds no run (config.json is missing): give the --workdir of a training run.")
+    parsed = experiment.parse(json.loads((workdir / "config.json").read_text()))
+    network = Network(parsed.shape)
+    with checkpoint.Checkpoints(workdir, keep_last=parsed.run.keep_last, keep_best=parsed.run.keep_best) as saved:
+        step = _step(saved, which, workdir)
+        phase = parsed.phases[saved.cursor(step)["phase"]]
+        one = loop.PhaseLoop(dataclasses.replace(phase, recipe=dataclasses.replace(phase.recipe, rollout=None)),
+                             parsed.task, network)
+        like = jax.eval_shape(one.initial_state, jax.random.key(0)).parameters
+        policy = saved.restore_parameters(step, like)["policy"]
+    if phase.scale.seeds > 1:
+        policy = jax.tree.map(lambda a: a[0], policy)
+    return Trained(experiment=parsed, network=network, policy=policy, step=step)
+
+
+def _step(saved: checkpoint.Checkpoints, which: str, workdir: pathlib.Path) -> int:
+    if which.isdigit():
+        return int(which)
+    if which not in ("best", "latest"):
+        raise ValueError(f"checkpoint={which!r}: allowed are best, latest, or a step of {saved.steps()}.")
+    step = saved.best() if which == "best" else saved.latest()
+    if step is None:
+        raise ValueError(f"{workdir} has no finished checkpoint yet: train it first.")
+    return step

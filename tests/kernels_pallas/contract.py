@@ -1,0 +1,105 @@
+"""What every implementation of every kernel owes its reference.
+
+A test module describes its op as `Case`s and calls `check` for each; the op's own laws (its
+reference against loops, its memory) stay in that module.
+"""
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Case(NamedTuple):
+    """One call of an op.
+
+    `op(*floats, *others)` and `reference(*floats, *others)` return a tuple of arrays whose
+    leading axis is the rows; `floats` are differentiated, `others` are not. `silent` marks rows
+    that a mask leaves out: they hold garbage, their results are not compared and their cotangent
+    is 0. `row_inputs` says which floats have the rows in front.
+    """
+
+    op: Callable[..., tuple]
+    reference: Callable[..., tuple]
+    floats: tuple
+    others: tuple
+    silent: np.ndarray
+    row_inputs: tuple[bool, ...]
+
+
+def tolerance(case: Case) -> float:
+    """Relative to the largest entry: 1e-5 in float32, two roundings of an 8-bit mantissa in bfloat16."""
+    return 2.0**-7 if any(x.dtype == jnp.bfloat16 for x in case.floats) else 1e-5
+
+
+def check(case: Case) -> None:
+    """Value and vjp equal the reference's, plain, under jit, vmap and scan; silent rows get exactly 0."""
+    expected = _run(case, case.reference)
+    for name, transformed in {"plain": _run, "jit": _jitted, "vmap": _mapped, "scan": _scanned}.items():
+        found = transformed(case, case.op)
+        _compare(case, name, found, expected)
+    _check_silent(case, _run(case, case.op))
+
+
+def _cotangents(case: Case, results: tuple) -> tuple:
+    random = np.random.default_rng(0)
+
+    def one(result):
+        cotangent = random.normal(size=result.shape).astype(np.float32)
+        cotangent[case.silent] = 0
+        return jnp.asarray(cotangent, result.dtype)
+
+    return tuple(one(result) for result in results)
+
+
+def _value_and_vjp(case: Case, function: Callable, floats: tuple, others: tuple) -> tuple:
+    results, pull = jax.vjp(lambda *floats: function(*floats, *others), *floats)
+    return results, pull(_cotangents(case, results))
+
+
+def _run(case: Case, function: Callable) -> tuple:
+    return _value_and_vjp(case, function, case.floats, case.others)
+
+
+def _jitted(case: Case, function: Callable) -> tuple:
+    return jax.jit(lambda f, o: _value_and_vjp(case, function, f, o))(case.floats, case.others)
+
+
+def _mapped(case: Case, function: Callable) -> tuple:
+    """The second of two stacked copies, of which the first is different."""
+    floats = tuple(jnp.stack([x * 0.5, x]) for x in case.floats)
+    both = jax.vmap(lambda f: _value_and_vjp(case, function, f, case.others))(floats)
+    return jax.tree.map(lambda x: x[1], both)
+
+
+def _scanned(case: Case, function: Callable) -> tuple:
+    floats = tuple(jnp.stack([x * 0.5, x]) for x in case.floats)
+    step = lambda _, f: (None, _value_and_vjp(case, function, f, case.others))
+    return jax.tree.map(lambda x: x[1], jax.lax.scan(step, None, floats)[1])
+
+
+def _compare(case: Case, name: str, found: Any, expected: Any) -> None:
+    heard = ~case.silent
+    for i, (x, y) in enumerate(zip(found[0], expected[0], strict=True)):
+        assert x.dtype == y.dtype and x.shape == y.shape, (name, i)
+        _close(np.asarray(x)[heard], np.asarray(y)[heard], tolerance(case), f"{name}, result {i}")
+    for i, (x, y) in enumerate(zip(found[1], expected[1], strict=True)):
+        assert x.dtype == y.dtype and x.shape == y.shape, (name, i)
+        _close(np.asarray(x, np.float32), np.asarray(y, np.float32), tolerance(case), f"{name}, cotangent {i}")
+
+
+def _close(x: np.ndarray, y: np.ndarray, relative: float, message: str) -> None:
+    scale = np.max(np.abs(y), initial=0)
+    np.testing.assert_allclose(x, y, rtol=relative, atol=relative * scale, err_msg=message)
+
+
+def _check_silent(case: Case, found: Any) -> None:
+    """A silent row's own inputs get exactly 0; with every row silent, so does everything else."""
+    for rows, cotangent in zip(case.row_inputs, found[1], strict=True):
+        assert np.isfinite(np.asarray(cotangent, np.float32)).all()
+        if rows:
+            assert (np.asarray(cotangent, np.float32)[case.silent] == 0).all()
+    nothing = case._replace(silent=np.ones_like(case.silent))
+    for cotangent in _run(nothing, case.op)[1]:
+        assert (np.asarray(cotangent, np.float32) == 0).all()
