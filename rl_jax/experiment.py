@@ -178,7 +178,7 @@ def misnamed(config: Any, overrides: Sequence[str]) -> str | None:
     """
     for override in overrides:
         name = override.lstrip("-").split("=")[0]
-        if not override.startswith("--config."):
+        if not override.startswith("-") or not name.startswith("config."):
             continue
         at, seen = config, "config"
         for part in re.findall(r"[^.\[\]]+", name)[1:]:
@@ -276,18 +276,16 @@ def _check_names(where: str, values: Mapping[str, Any], allowed: tuple[str, ...]
 
 def _checked(value: Any, kind: Any, where: str) -> Any:
     """The value, if it is of the annotated type; an int is a float, a list a tuple, nothing else is anything else."""
-    if kind is Any or typing.get_origin(kind) in (Mapping, dict, type(Mapping)):
-        return value
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
     for option in options:
         origin = typing.get_origin(option) or option
         if origin is Any or (origin in (int, str, bool, type(None)) and type(value) is origin):
             return value
-        if origin is float and type(value) in (int, float):
+        if origin is float and type(value) in (int, float) and value == value:  # nan is no number to run with
             return float(value)
-        if origin not in (int, str, bool, float, type(None)) and isinstance(value, (tuple, list)):
+        if origin in (tuple, list, Sequence) and isinstance(value, (tuple, list)):
             return tuple(value)
-        if isinstance(value, Mapping) and isinstance(origin, type) and issubclass(origin, Mapping):
+        if origin in (dict, Mapping) and isinstance(value, Mapping):
             return value
     wanted = " or ".join(option.__name__ if isinstance(option, type) else str(option) for option in options)
     raise ValueError(f"{where}={value!r} is of type {type(value).__name__}; allowed is {wanted}.")
@@ -300,7 +298,8 @@ def _check_together(experiment: Experiment) -> None:
              "validation_samples": 1, "shown_groups": 0, "workers": 1, "seed": 0}
     for name, bound in least.items():
         _require(vars(run)[name] >= bound, f"config.run.{name}={vars(run)[name]}: must be at least {bound}.")
-    _require(set(run.trackers) <= set(TRACKERS), f"config.run.trackers={run.trackers}: allowed are {TRACKERS}.")
+    _require(all(name in TRACKERS for name in run.trackers),
+             f"config.run.trackers={run.trackers}: allowed are {TRACKERS}.")
     _require(not run.validate_every or "validation" in task.splits,
              f"config.run.validate_every={run.validate_every}, but task {task.name!r} has no validation split: "
              "give it one, or set validate_every=0.")

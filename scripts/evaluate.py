@@ -11,7 +11,9 @@ from absl import app, flags, logging
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run to evaluate.", required=True)
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best (by validation), latest, or a step.")
+_CHECKPOINT = flags.DEFINE_list("checkpoint", ["best"],
+                                "best (by validation), latest, a step, or a phase's name for its end; several are "
+                                "compared, and the last one named is kept in the report.")
 _SPLIT = flags.DEFINE_string("split", "held_out", "Which problems.")
 _PROBLEMS = flags.DEFINE_integer("problems", 512, "How many problems; 0 is all.", lower_bound=0)
 _SAMPLES = flags.DEFINE_integer("samples", 8, "Answers per problem.", lower_bound=1)
@@ -41,19 +43,21 @@ def evaluate(workdir: pathlib.Path) -> None:
 
     if not all(k.isdigit() and 1 <= int(k) <= _SAMPLES.value for k in _KS.value):
         raise ValueError(f"--ks={','.join(_KS.value)}: numbers from 1 to --samples={_SAMPLES.value} are allowed.")
-    found = trained.load(workdir, _CHECKPOINT.value)
+    found = [trained.load(workdir, which) for which in _CHECKPOINT.value]
+    task = found[0].experiment.task
     rollout = Rollout(group_size=_SAMPLES.value, temperature=_TEMPERATURE.value, top_p=_TOP_P.value)
-    with session.host_workers(found.experiment.task, found.experiment.run.workers) as workers:
-        examiner = examine.Examiner(found.network, found.experiment.task, _SPLIT.value, rollout=rollout,
-                                    workers=workers)
-        with rich.progress.Progress(transient=True) as bar:
-            task = bar.add_task("evaluating", total=None)
-            result = examiner(found.policy, jax.random.key(_SEED.value), problems=_PROBLEMS.value or None,
-                              after_batch=lambda done, total: bar.update(task, completed=done, total=total))
-    estimates = evaluation.summary(result.scores, result.failed, result.answers, [int(k) for k in _KS.value])
-    title = f"{_SPLIT.value}, checkpoint of step {found.step}, temperature {_TEMPERATURE.value:g}"
-    rich.console.Console().print(evaluation.table(estimates, title))
+    with session.host_workers(task, found[0].experiment.run.workers) as workers:
+        examiner = examine.Examiner(found[0].network, task, _SPLIT.value, rollout=rollout, workers=workers)
+        for which, one in zip(_CHECKPOINT.value, found, strict=True):
+            with rich.progress.Progress(transient=True) as bar:
+                shown = bar.add_task("evaluating", total=None)
+                result = examiner(one.policy, jax.random.key(_SEED.value), problems=_PROBLEMS.value or None,
+                                  after_batch=lambda done, total: bar.update(shown, completed=done, total=total))
+            estimates = evaluation.summary(result.scores, result.failed, result.answers, [int(k) for k in _KS.value])
+            title = f"{which}: {_SPLIT.value}, step {one.step}, temperature {_TEMPERATURE.value:g}"
+            rich.console.Console().print(evaluation.table(estimates, title))
     evaluation.write(workdir, estimates)
+    print(f"checkpoint {workdir / 'checkpoints' / str(one.step)}")
     print(f"report {report.write(workdir)}")
 
 

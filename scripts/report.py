@@ -1,9 +1,11 @@
 """Writes a run's HTML report and prints its path: python scripts/report.py --workdir=runs/a"""
+import pathlib
 import sys
 
 from absl import app, flags
 
-from rl_jax.train import report
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from rl_jax.train import report  # noqa: E402  (found beside this folder)
 
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of a run that has started", required=True)
 

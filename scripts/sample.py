@@ -10,7 +10,7 @@ from absl import app, flags, logging
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run whose policy answers.", required=True)
 _PROMPT = flags.DEFINE_string("prompt", None, "The prompt's text; a held-out question if none is given.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best (by validation), latest, or a step.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best (by validation), latest, a step, or a phase's name.")
 _SAMPLES = flags.DEFINE_integer("samples", 4, "Completions.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 is greedy.", lower_bound=0)
 _TOP_K = flags.DEFINE_integer("top_k", 0, "0 keeps all.", lower_bound=0)
@@ -25,7 +25,7 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         sample()
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 

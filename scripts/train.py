@@ -5,6 +5,7 @@ that takes a recipe's name is given it after a colon (--config=configs/toys/addm
 A workdir that holds a run of the same config is continued.
 """
 # workers of a host verifier import this file: heavy imports stay inside the functions
+import argparse
 import pathlib
 import runpy
 import sys
@@ -43,8 +44,9 @@ def start() -> None:
     except AttributeError:
         from rl_jax import experiment
 
-        given = [argument.split("=", 1)[1] for argument in sys.argv if argument.startswith("--config=")]
-        path, _, recipe = given[-1].partition(":")
+        arguments = argparse.ArgumentParser(allow_abbrev=False)
+        arguments.add_argument("--config", "-config")
+        path, _, recipe = arguments.parse_known_args()[0].config.partition(":")
         config = runpy.run_path(path)["get_config"](*([recipe] if recipe else []))
         wrong = experiment.misnamed(config, sys.argv[1:])
         if wrong is None:

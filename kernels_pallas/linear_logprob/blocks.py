@@ -40,8 +40,8 @@ def over_tiles(body: Callable[[Any, Any, int], Any], carry: Any, size: int, tile
     return body(full * tile, carry, size % tile) if size % tile else carry
 
 
-def over_rows(body: Callable[[Any, tuple], tuple[Any, tuple]], carry: Any, arrays: tuple,
-              count: int) -> tuple[Any, tuple]:
+def over_rows(body: Callable[[Any, tuple], tuple[Any, Any]], carry: Any, arrays: tuple,
+              count: int) -> tuple[Any, Any]:
     """(carry, outputs): body(carry, block of every array) -> (carry, outputs of the block), in turn.
 
     Rows are dealt to blocks like cards (block i has rows i, i + count, ...): a row axis that is
@@ -57,7 +57,7 @@ def over_rows(body: Callable[[Any, tuple], tuple[Any, tuple]], carry: Any, array
         return body(carry, arrays)
     dealt = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]), arrays)
 
-    def block(i: Int[Array, ""]) -> tuple:
+    def block(i: int | Int[Array, ""]) -> tuple:
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), dealt)
 
     def step(i, state):

@@ -3,7 +3,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
+from jaxtyping import Array, Float, Float32, Int, UInt32
 
 from kernels_pallas.linear_logprob import blocks, reference, support as support_bits
 from kernels_pallas.linear_logprob.reference import Scalar
@@ -26,10 +26,12 @@ class Moments(NamedTuple):
 
 def linear_logprob(hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"], targets: Int[Array, " M"],
                    temperature: Scalar, support: UInt32[Array, "M W"] | None,
-                   soft_cap: int | float | None) -> tuple[Rows, Rows, Rows]:
-    """(logp, entropy, log-normaliser) in nats, one block of logits in memory at a time.
+                   soft_cap: int | float | None) -> tuple[Rows, Rows, Rows, Rows]:
+    """(logp, entropy, a, b) in nats, one block of logits in memory at a time.
 
-    The log-normaliser of a row that keeps no token is 0, so that later arithmetic stays finite.
+    a, the largest logit, and b, the log of sum exp(logit - a), make the log-normaliser a + b;
+    they stay apart because their sum would round away digits of b. A row that keeps no token has
+    b = 0, so that later arithmetic stays finite.
     """
     size = vocabulary.shape[0]
     row_blocks, tile = blocks.choose(hidden.shape[0], size)
@@ -38,8 +40,8 @@ def linear_logprob(hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"],
         hidden, targets, support = rows
 
         def add(start, seen, width):
-            u, kept = tile_logits(hidden, vocabulary, temperature, support, soft_cap, start, width)
-            return _merged(seen, _moments(u, kept, targets - start))
+            u = tile_logits(hidden, vocabulary, temperature, support, soft_cap, start, width)
+            return _merged(seen, _moments(u, targets - start))
 
         return None, _results(blocks.over_tiles(add, _nothing_seen(hidden), size, tile))
 
@@ -48,15 +50,15 @@ def linear_logprob(hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"],
 
 def tile_logits(hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"], temperature: Scalar,
                 support: UInt32[Array, "M W"] | None, soft_cap: int | float | None, start: int | Int[Array, ""],
-                width: int) -> tuple[Float32[Array, "M v"], Bool[Array, "M v"] | None]:
-    """Logits of tokens start .. start + width - 1, and which of them are kept (None: all)."""
+                width: int) -> Float32[Array, "M v"]:
+    """Logits of tokens start .. start + width - 1; `reference.EXCLUDED` for tokens that are not kept."""
     rows = jax.lax.dynamic_slice_in_dim(vocabulary, start, width, axis=0)
     u = reference.logits(hidden, rows, temperature, soft_cap)
     if support is None:
-        return u, None
+        return u
     words = support_bits.words_for(width)
     part = jax.lax.dynamic_slice_in_dim(support, start // support_bits.WORD, words, axis=1)
-    return u, support_bits.unpack_support(part, width)
+    return jnp.where(support_bits.unpack_support(part, width), u, reference.EXCLUDED)
 
 
 def _nothing_seen(hidden: Float[Array, "M D"]) -> Moments:
@@ -64,9 +66,7 @@ def _nothing_seen(hidden: Float[Array, "M D"]) -> Moments:
     return Moments(full(reference.EXCLUDED / 2), full(0), full(0), full(-jnp.inf))
 
 
-def _moments(u: Float32[Array, "M v"], kept: Bool[Array, "M v"] | None, column: Int[Array, " M"]) -> Moments:
-    if kept is not None:
-        u = jnp.where(kept, u, reference.EXCLUDED)
+def _moments(u: Float32[Array, "M v"], column: Int[Array, " M"]) -> Moments:
     maximum = jnp.maximum(u.max(axis=-1), reference.EXCLUDED / 2)
     x = u - maximum[:, None]
     e = jnp.exp(x)
@@ -86,8 +86,7 @@ def _merged(a: Moments, b: Moments) -> Moments:
         chosen=jnp.maximum(a.chosen, b.chosen))
 
 
-def _results(seen: Moments) -> tuple[Rows, Rows, Rows]:
-    empty = seen.total == 0
-    total = jnp.where(empty, 1.0, seen.total)
-    normaliser = jnp.where(empty, 0.0, seen.maximum + jnp.log(total))
-    return seen.chosen - normaliser, jnp.log(total) - seen.weighted / total, normaliser
+def _results(seen: Moments) -> tuple[Rows, Rows, Rows, Rows]:
+    total = jnp.where(seen.total == 0, 1.0, seen.total)
+    log_total = jnp.log(total)
+    return (seen.chosen - seen.maximum) - log_total, log_total - seen.weighted / total, seen.maximum, log_total

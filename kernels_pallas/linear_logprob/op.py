@@ -40,7 +40,8 @@ def linear_logprob(hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"],
     _check(hidden, vocabulary, targets, temperature, soft_cap, support)
     run = dispatch.implementation("linear_logprob", implementation, "xla",
                                   {"reference": reference.linear_logprob, "xla": _blocked})
-    return run(*_aligned(hidden, vocabulary, targets, jnp.asarray(temperature, jnp.float32), support), soft_cap)
+    temperature = jnp.asarray(temperature, jnp.float32)
+    return run(*_aligned(hidden, vocabulary, targets.astype(jnp.int32), temperature, support), soft_cap)
 
 
 def _check(hidden, vocabulary, targets, temperature, soft_cap, support) -> None:
@@ -78,15 +79,17 @@ def _blocked(hidden, vocabulary, targets, temperature, support, soft_cap):
 
 
 def _blocked_forward(hidden, vocabulary, targets, temperature, support, soft_cap):
-    logp, entropy, normaliser = forward.linear_logprob(hidden, vocabulary, targets, temperature, support, soft_cap)
-    return (logp, entropy), (hidden, vocabulary, targets, temperature, support, normaliser, logp, entropy)
+    logp, entropy, *normaliser = forward.linear_logprob(hidden, vocabulary, targets, temperature, support, soft_cap)
+    return (logp, entropy), (hidden, vocabulary, targets, temperature, support, logp, entropy, *normaliser)
 
 
 def _blocked_backward(soft_cap, residuals, cotangents):
-    hidden, vocabulary, targets, temperature, support, normaliser, logp, entropy = residuals
+    # A residual that was a constant comes back as a NumPy array.
+    residuals = jax.tree.map(jnp.asarray, residuals)
+    hidden, vocabulary, targets, temperature, support, logp, *entropy_and_normaliser = residuals
     d_logp, d_entropy = cotangents
     d_logp = jnp.where(jnp.isneginf(logp), 0.0, d_logp)
-    rows = hidden, targets, support, normaliser, entropy, d_logp, d_entropy
+    rows = hidden, targets, support, *entropy_and_normaliser, d_logp, d_entropy
     d_hidden, d_vocabulary = backward.linear_logprob(rows, vocabulary, temperature, soft_cap)
     return d_hidden, d_vocabulary, None, jnp.zeros_like(temperature), None
 

@@ -1,14 +1,15 @@
 """The definition, with every logit in memory."""
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, UInt32
 
 from kernels_pallas.linear_logprob import support as support_bits
 
 Scalar = int | float | Float[Array, ""]
-# What a logit outside the support becomes. Finite, so that 0 * logit is 0 and not NaN; a running
-# maximum starts at half of it, so that exp(logit - maximum) is 0 even where nothing is kept.
-EXCLUDED = -2e30
+# What a logit outside the support becomes. Finite, so that 0 * logit is 0 and not NaN, with a finite
+# square; a running maximum starts at half of it, so that exp(logit - maximum) is 0 in any case.
+EXCLUDED = -2e15
 
 
 def logits(hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"], temperature: Scalar,
@@ -19,10 +20,15 @@ def logits(hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"], tempera
 
 
 def product(a: Float[Array, "..."], b: Float[Array, "..."], a_axis: int, b_axis: int) -> Float32[Array, "..."]:
-    """Matrix product summed over one axis of each, in float32; in bfloat16 only if both are."""
-    dtype = jnp.bfloat16 if a.dtype == b.dtype == jnp.bfloat16 else jnp.float32
+    """Matrix product summed over one axis of each, in float32."""
+    dtype = operand_dtype(a, b)
     return jax.lax.dot_general(a.astype(dtype), b.astype(dtype), (((a_axis,), (b_axis,)), ((), ())),
                                preferred_element_type=jnp.float32)
+
+
+def operand_dtype(a: Float[Array, "..."], b: Float[Array, "..."]) -> DTypeLike:
+    """bfloat16 if both are, else float32."""
+    return jnp.bfloat16 if a.dtype == b.dtype == jnp.bfloat16 else jnp.float32
 
 
 def linear_logprob(hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"], targets: Int[Array, " M"],

@@ -141,7 +141,8 @@ def make_step(pieces: Pieces, *, steps_per_call: int = 1, seeds: int = 1, shown_
 def make_draw(pieces: Pieces):
     """The first of two programs: draw(parameters, key, prompts, index) -> samples of batch `index`."""
     def draw(parameters: Parameters, key: Array, prompts: Prompts, index: Array) -> Samples:
-        _, samples, _, _ = pieces.ask(parameters["policy"], prompts, _keys(key, index)[0], index)
+        version = jnp.maximum(index - 1, 0)  # the batch before is still being scored, and not learned from
+        _, samples, _, _ = pieces.ask(parameters["policy"], prompts, _keys(key, index)[0], version)
         return samples
 
     return draw

@@ -2,7 +2,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rl_jax.tasks import generators, task, tokenizer
+from rl_jax.tasks import generators, task
+from rl_jax.tasks import tokenizer as shipped
 
 DRAWS_PER_QUESTION = 4
 
@@ -21,7 +22,7 @@ def reasoning_gym(
     completion_length: int = 8,
     keep_after: str = "",
     partial_credit: bool = False,
-    vocabulary: task.Tokenizer | None = None,
+    tokenizer: task.Tokenizer | None = None,
 ) -> task.Task:
     """Questions of one generator; its own scorer is the verifier, and correct means full credit.
 
@@ -40,13 +41,13 @@ def reasoning_gym(
       keep_after: only what follows the last of these in a question is asked: ": " leaves the
         arithmetic of "State the final answer to ...: 1 + 2 ="; "" asks the whole question.
       partial_credit: whether the score is the partial credit.
-      vocabulary: the tokenizer; None takes the shipped one.
+      tokenizer: what the questions are written in; None takes the shipped one.
 
     Raises:
       ValueError: for an unknown generator or option, a split that stays empty, or a question or
         answer that is too long.
     """
-    options, vocabulary = dict(options or {}), vocabulary or tokenizer.load()
+    options, tokenizer = dict(options or {}), tokenizer or shipped.load()
     sizes = {"held_out": held_out_size, "validation": validation_size, "train": train_size}
     if min(sizes.values()) < 0 or train_size < 1:
         raise ValueError(f"sizes={sizes}: allowed are train_size >= 1 and the others >= 0.")
@@ -57,14 +58,14 @@ def reasoning_gym(
         raise ValueError(f"{generator!r} with options {options} has too few distinct questions, none is left for "
                          f"{' and '.join(empty)} ({report}). Ask for smaller splits, or give options with more "
                          "questions.")
-    examples = {name: tuple(_example(text, entry, vocabulary, prompt_length, completion_length)
+    examples = {name: tuple(_example(text, entry, tokenizer, prompt_length, completion_length)
                             for text, entry in split) for name, split in splits.items() if split}
-    made_from = {"generator": generator, "options": options, "sizes": sizes, "seed": seed, "keep_after": keep_after}
+    questions = {name: [text for text, _ in split] for name, split in splits.items()}
     return task.Task(
-        name=f"reasoning_gym.{generator}", splits=examples, tokenizer=vocabulary,
+        name=f"reasoning_gym.{generator}", splits=examples, tokenizer=tokenizer,
         verifier=task.HostVerifier(generators.Scorer(generator, options, partial_credit), ("partial_credit",)),
         prompt_length=prompt_length, completion_length=completion_length,
-        fingerprint=task.fingerprint("reasoning_gym", **made_from), report=f"{generator}: {report}")
+        fingerprint=task.fingerprint(generator, **questions), report=f"{generator}: {report}")
 
 
 def _sources(generator: str, options: Mapping[str, Any], seed: int, sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -105,10 +106,10 @@ def _rendered(question: str, keep_after: str) -> str:
 
 
 def _example(
-    text: str, entry: Mapping[str, Any], vocabulary: task.Tokenizer, prompt_length: int, completion_length: int
+    text: str, entry: Mapping[str, Any], tokenizer: task.Tokenizer, prompt_length: int, completion_length: int
 ) -> task.Example:
     """Some generators have no answer of their own, only a scorer."""
     answer = entry["answer"]
     return task.Example(
-        prompt=task.encoded_prompt(vocabulary, text, prompt_length), text=text, fields=dict(entry),
-        answer=None if answer is None else task.encoded_answer(vocabulary, str(answer), completion_length))
+        prompt=task.encoded_prompt(tokenizer, text, prompt_length), text=text, fields=dict(entry),
+        answer=None if answer is None else task.encoded_answer(tokenizer, str(answer), completion_length))

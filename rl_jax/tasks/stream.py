@@ -9,6 +9,9 @@ from rl_jax import types
 from rl_jax.tasks import task as tasks
 
 
+PASSES = 2**32  # no run gets there; grain's own endless length overflows in a batch of one
+
+
 class Stream(Iterator[types.Prompts]):
     """Batches of a split, shuffled anew in each pass over it, without end.
 
@@ -40,7 +43,7 @@ class Stream(Iterator[types.Prompts]):
         """
         if split not in task.splits:
             raise ValueError(f"split={split!r}: task {task.name!r} has {sorted(task.splits)}.")
-        if prompts_per_batch < 1 or prompts_per_batch % process_count or not 0 <= process_index < process_count:
+        if not 0 <= process_index < process_count or prompts_per_batch < 1 or prompts_per_batch % process_count:
             raise ValueError(f"prompts_per_batch={prompts_per_batch}, process_index={process_index}, process_count="
                              f"{process_count}: the batch must be a positive multiple of process_count and the index "
                              "below it.")
@@ -52,7 +55,7 @@ class Stream(Iterator[types.Prompts]):
         def prompts(indices: Sequence[int]) -> types.Prompts:
             return batch(task, [examples[i] for i in indices], indices=indices, need_answers=need_answers)
 
-        order = grain.MapDataset.range(len(examples)).shuffle(seed=seed).repeat()[process_index::process_count]
+        order = grain.MapDataset.range(len(examples)).shuffle(seed=seed).repeat(PASSES)[process_index::process_count]
         batches = order.batch(prompts_per_batch // process_count, batch_fn=prompts)
         # Without threads nothing is read ahead: the position is exactly the number of batches taken.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)

@@ -1,6 +1,7 @@
 """Checkpoints: the whole state and the data cursor in one directory per step, written in the background."""
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any, Self
 
 import jax
@@ -19,15 +20,17 @@ class Checkpoints:
     being written when the run was killed is never seen.
     """
 
-    def __init__(self, workdir: pathlib.Path | str, *, keep_last: int = 2, keep_best: int = 1):
+    def __init__(self, workdir: pathlib.Path | str, *, keep_last: int = 2, keep_best: int = 1,
+                 keep_steps: Sequence[int] = ()):
         """Opens `workdir/checkpoints`, made if it is missing.
 
         Args:
           keep_last: newest checkpoints kept.
           keep_best: checkpoints kept for their validation score.
+          keep_steps: steps that are kept whatever comes after them, the ends of phases.
         """
         self._path = pathlib.Path(workdir).absolute() / "checkpoints"
-        policies = [checkpoint_managers.LatestN(keep_last)]
+        policies = [checkpoint_managers.LatestN(keep_last), checkpoint_managers.CustomSteps(tuple(keep_steps))]
         if keep_best:
             policies.append(checkpoint_managers.BestN(get_metric_fn=_score, n=keep_best,
                                                       keep_checkpoints_without_metrics=False))

@@ -7,6 +7,7 @@ import jax
 import rich.table
 
 from rl_jax.learner import assemble, evaluate, update
+from rl_jax.learner.step import SEED_AXIS
 from rl_jax.train.loop import PhaseLoop
 from rl_jax.types import Experience, Prompts, TrainState
 
@@ -38,8 +39,9 @@ def rows(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> list[Row]:
         state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), state)
     if scale.steps_per_call > 1:
         prompts = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), prompts)
-    prompts = _first(prompts, scale.prompts_per_step)
-    found = [] if loop.phase.recipe.rollout is None else _rollout(loop, state, prompts)
+    found = []
+    if loop.phase.recipe.rollout is not None:
+        found += _rollout(loop, state, _first(prompts, scale.prompts_per_step))
     found += _learning(loop, state, prompts)
     held = {"held: parameters": state.parameters, "held: optimiser": state.optimiser, "held: frozen": state.frozen}
     found += [Row(name, 0.0, _size(tree) * scale.seeds) for name, tree in held.items()]
@@ -139,7 +141,9 @@ def _learning(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> list[Row]
 
 
 def _blank_experience(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> Experience:
-    _, samples, verdict, _ = loop.pieces.ask(state.parameters["policy"], prompts, state.key, state.step)
+    # the replicas' axis must have a name here too: the sampling loop asks it whether any is unfinished
+    ask = jax.vmap(loop.pieces.ask, in_axes=None, out_axes=None, axis_name=SEED_AXIS, axis_size=1)
+    prompts, samples, verdict, _ = ask(state.parameters["policy"], prompts, state.key, state.step)
     coefficients = {n: one.read(state.control[n]) for n, one in loop.phase.recipe.schedule.controls.items()}
     return assemble.experience(prompts, samples, verdict, coefficients=coefficients)
 

@@ -57,6 +57,11 @@ def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
                              "\nGive the same config to continue it, or another --workdir to start a new run.")
         return
     workdir.mkdir(parents=True, exist_ok=True)
+    _put(path, text)
+
+
+def _put(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(text)
     unfinished.replace(path)
@@ -132,7 +137,8 @@ class Session:
             # the workers come first: they are forked from a process that has no threads of jax yet
             self._workers = stack.enter_context(host_workers(self.experiment.task, run.workers))
             self._saved = stack.enter_context(
-                checkpoint.Checkpoints(self.workdir, keep_last=run.keep_last, keep_best=run.keep_best))
+                checkpoint.Checkpoints(self.workdir, keep_last=run.keep_last, keep_best=run.keep_best,
+                                       keep_steps=phase_ends(self.experiment)))
             self._writer = stack.enter_context(metrics.Writer(
                 self.workdir, tensorboard="tensorboard" in run.trackers, wandb="wandb" in run.trackers))
             latest = self._saved.latest()
@@ -175,6 +181,7 @@ class Session:
             state = one.initial_state(key, policy)
         else:
             state, done, pending = self._restored(one, key, stream, at, latest)
+        self._skipped = np.asarray(state.skipped)
         if done < phase.scale.steps:
             self._plan(one, index, state)
             state, done = self._ticks(one, index, offset, state, stream, done, pending)
@@ -182,7 +189,7 @@ class Session:
 
     def _restored(self, one: loop.PhaseLoop, key: Any, stream: Any, at: dict[str, Any], latest: int):
         stream.restore(at["data"])
-        like = jax.eval_shape(lambda k: _initial(one, k), key)
+        like = jax.eval_shape(one.initial_state, key)
         state = self._saved.restore(latest, like)
         pending = None
         if at["pending"]:
@@ -207,26 +214,29 @@ class Session:
         known = [row for row in known if row["run_phase"] != self.names[index]]
         new = [{"run_phase": self.names[index], "phase": f"{self.names[index]}: {row.phase}", "flops": row.flops,
                 "bytes": row.bytes} for row in found]
-        path.write_text(json.dumps(known + new))
+        _put(path, json.dumps(known + new))
         self._last_time = time.monotonic()
 
     def _ticks(self, one: loop.PhaseLoop, index: int, offset: int, state: Any, stream: Any, done: int, pending: Any):
         run, phase, unwritten, tick = self.experiment.run, one.phase, None, None
+        def due(every):
+            return every > 0 and number // every > (number - phase.scale.steps_per_call) // every
+
         for tick in one.ticks(state, stream, done=done, pending=pending):
             if unwritten is not None:  # reading metrics waits for the device: it is busy with this tick meanwhile
                 self._write(unwritten, index, offset, phase)
             unwritten = _light(tick)
-            number = offset + tick.done
-            last = tick.done == phase.scale.steps or self._interrupt.asked
-            validate = run.validate_every and (number % run.validate_every == 0 or tick.done == phase.scale.steps)
-            if last or validate or number % run.checkpoint_every == 0:
+            number, asked = offset + tick.done, self._interrupt.asked  # read once: a signal may come at any line
+            last = tick.done == phase.scale.steps
+            validate = run.validate_every > 0 and (due(run.validate_every) or last)
+            if last or asked or validate or due(run.checkpoint_every):
                 self._write(unwritten, index, offset, phase)
                 unwritten = None
                 score = self._validate(tick, index, number) if validate else checkpoint.NOT_VALIDATED
                 cursor = {"phase": index, "done": tick.done, "data": tick.data, "pending": tick.pending is not None}
                 self._saved.save(number, tick.state, cursor, pending=tick.pending, score=score)
                 self._last_time = time.monotonic()
-            if self._interrupt.asked:
+            if asked:
                 break
         return tick.state, tick.done
 
@@ -236,6 +246,10 @@ class Session:
         now = time.monotonic()
         per_call = phase.scale.steps_per_call
         seconds, self._last_time = (now - self._last_time) / per_call, now
+        x = None
+        if self.experiment.run.shown_groups and phase.recipe.rollout is not None:
+            x = jax.device_get(tick.experience)
+            x = jax.tree.map(lambda a: a[0], x) if phase.scale.seeds > 1 else x
         lines = [_line(values, k, phase.scale) for k in range(per_call)]
         for k, line in enumerate(lines):
             step = offset + tick.done - per_call + k + 1
@@ -244,32 +258,27 @@ class Session:
                 asked = phase.scale.prompts_per_step * phase.recipe.group_size * line.get("rollout/waves", 1.0)
                 line["speed/tokens_per_s"] = line["rollout/length"] * asked / seconds
             self._writer.metrics(step, self.names[index], line)
+            if x is not None:
+                self._write_rollouts(step, index, jax.tree.map(lambda a, k=k: a[k], x) if per_call > 1 else x)
         self._progress.update(offset + tick.done, self.names[index], lines[-1])
-        if self.experiment.run.shown_groups and phase.recipe.rollout is not None:
-            self._write_rollouts(tick, index, offset, phase.scale)
         self._check_learning(values, phase)
 
-    def _write_rollouts(self, tick: loop.Tick, index: int, offset: int, scale: Any) -> None:
-        x = jax.device_get(tick.experience)
-        x = jax.tree.map(lambda a: a[0], x) if scale.seeds > 1 else x
-        for k in range(scale.steps_per_call):
-            one = jax.tree.map(lambda a, k=k: a[k], x) if scale.steps_per_call > 1 else x
-            task = self.experiment.task
-            prompts = [task.splits["train"][int(i)].text for i in one.prompts.example]
-            drawn = one.mask | one.failed[:, None]
-            texts = judge.texts_of(task.tokenizer, one.tokens, drawn)
-            self._writer.rollouts(offset + tick.done - scale.steps_per_call + k + 1, self.names[index],
-                                  metrics.rollout_rows(one, prompts, texts, groups=self.experiment.run.shown_groups))
+    def _write_rollouts(self, step: int, index: int, x: Any) -> None:
+        task = self.experiment.task
+        prompts = [task.splits["train"][int(i)].text for i in x.prompts.example]
+        texts = judge.texts_of(task.tokenizer, x.tokens, x.mask | x.failed[:, None])
+        self._writer.rollouts(step, self.names[index], metrics.rollout_rows(
+            x, prompts, texts, groups=self.experiment.run.shown_groups))
 
     def _check_learning(self, values: dict[str, Any], phase: Phase) -> None:
-        self._skipped = self.__dict__.get("_skipped", 0)
-        for skipped in np.atleast_2d(values["gradient/skipped"]).max(axis=0):
-            self._skipped = self._skipped + 1 if skipped > 0 else 0
-            if self._skipped >= phase.scale.stop_after_skips:
+        scale = phase.scale
+        for skipped in np.reshape(values["gradient/skipped"], (scale.seeds, scale.steps_per_call)).T:
+            self._skipped = np.where(skipped > 0, self._skipped + 1, 0)
+            if self._skipped.max() >= scale.stop_after_skips:
                 raise FloatingPointError(
-                    f"{self._skipped} steps in a row had no finite gradient, as many as scale.stop_after_skips allows. "
-                    "The weights are those before them, in the last checkpoint. Lower the learning rate, or look for "
-                    "what the loss divides by.")
+                    f"{self._skipped.max()} steps in a row had no finite gradient, as many as scale.stop_after_skips "
+                    "allows. The weights are those before them, in the last checkpoint. Lower the learning rate, or "
+                    "look for what the loss divides by.")
 
     def _validate(self, tick: loop.Tick, index: int, number: int) -> float:
         run, task = self.experiment.run, self.experiment.task
@@ -291,8 +300,9 @@ def phase_names(experiment: Experiment) -> list[str]:
     return [f"{name}_{names[:i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
-def _initial(one: loop.PhaseLoop, key: Any) -> Any:
-    return one.initial_state(key)
+def phase_ends(experiment: Experiment) -> list[int]:
+    """The last step of each phase, counted over the whole run."""
+    return [int(end) for end in np.cumsum([phase.scale.steps for phase in experiment.phases])]
 
 
 def _shape(a: Any) -> jax.ShapeDtypeStruct:

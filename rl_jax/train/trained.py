@@ -7,7 +7,7 @@ import jax
 
 from rl_jax import experiment
 from rl_jax.models.network import Network
-from rl_jax.train import checkpoint, loop
+from rl_jax.train import checkpoint, loop, session
 from rl_jax.types import Parameters
 
 
@@ -26,7 +26,8 @@ def load(workdir: pathlib.Path | str, which: str = "best") -> Trained:
 
     Args:
       workdir: of a run with at least one checkpoint.
-      which: "best" (by validation), "latest", or a step's number. Of several replicas the first.
+      which: "best" (by validation), "latest", a step's number, or the name of a phase for its last
+        step. Of several replicas the first is taken.
 
     Raises:
       ValueError: if there is no such checkpoint.
@@ -36,9 +37,16 @@ def load(workdir: pathlib.Path | str, which: str = "best") -> Trained:
         raise ValueError(f"{workdir} holds no run (config.json is missing): give the --workdir of a training run.")
     parsed = experiment.parse(json.loads((workdir / "config.json").read_text()))
     network = Network(parsed.shape)
-    with checkpoint.Checkpoints(workdir, keep_last=parsed.run.keep_last, keep_best=parsed.run.keep_best) as saved:
-        step = _step(saved, which, workdir)
-        phase = parsed.phases[saved.cursor(step)["phase"]]
+    ends = dict(zip(session.phase_names(parsed), session.phase_ends(parsed), strict=True))
+    with checkpoint.Checkpoints(workdir, keep_last=parsed.run.keep_last, keep_best=parsed.run.keep_best,
+                                keep_steps=tuple(ends.values())) as saved:
+        step = _step(saved, which, workdir, ends)
+        cursor = saved.cursor(step)
+        saved_with, given = cursor["data"]["tokenizer"], parsed.task.tokenizer.fingerprint
+        if saved_with != given:
+            raise ValueError(f"{workdir} was trained with the tokenizer {saved_with}, and the task's is now {given}: "
+                             "its weights mean nothing there. Give the task the tokenizer it was trained with.")
+        phase = parsed.phases[cursor["phase"]]
         one = loop.PhaseLoop(dataclasses.replace(phase, recipe=dataclasses.replace(phase.recipe, rollout=None)),
                              parsed.task, network)
         like = jax.eval_shape(one.initial_state, jax.random.key(0)).parameters
@@ -48,11 +56,12 @@ def load(workdir: pathlib.Path | str, which: str = "best") -> Trained:
     return Trained(experiment=parsed, network=network, policy=policy, step=step)
 
 
-def _step(saved: checkpoint.Checkpoints, which: str, workdir: pathlib.Path) -> int:
-    if which.isdigit():
-        return int(which)
+def _step(saved: checkpoint.Checkpoints, which: str, workdir: pathlib.Path, ends: dict[str, int]) -> int:
+    if which.isdigit() or which in ends:
+        return ends[which] if which in ends else int(which)
     if which not in ("best", "latest"):
-        raise ValueError(f"checkpoint={which!r}: allowed are best, latest, or a step of {saved.steps()}.")
+        raise ValueError(f"checkpoint={which!r}: allowed are best, latest, a phase of {list(ends)}, or a step of "
+                         f"{saved.steps()}.")
     step = saved.best() if which == "best" else saved.latest()
     if step is None:
         raise ValueError(f"{workdir} has no finished checkpoint yet: train it first.")

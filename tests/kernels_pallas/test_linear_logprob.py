@@ -1,19 +1,15 @@
 import functools
 import math
-import pathlib
-import sys
 
+import contract
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.linear_logprob import blocks, reference
+from kernels_pallas.linear_logprob import blocks
 from kernels_pallas.linear_logprob.op import linear_logprob
 from kernels_pallas.linear_logprob.support import pack_support, unpack_support, words_for
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import contract  # noqa: E402
 
 IMPLEMENTATIONS = "reference", "xla"
 
@@ -58,19 +54,19 @@ def small_blocks(monkeypatch):
     """Blocks small enough that little arrays have many: 2 or more row blocks, tiles of 32 tokens."""
     monkeypatch.setattr(blocks, "ONE_TILE", 40)
     monkeypatch.setattr(blocks, "TILE", 32)
-    monkeypatch.setattr(blocks, "LOGITS", 128)
+    monkeypatch.setattr(blocks, "LOGITS", 64)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("size", [7, 75])
-@pytest.mark.parametrize("truncated", [False, True])
-@pytest.mark.parametrize("temperature, soft_cap", [(1.0, None), (0.6, None), (1.0, 3.0), (1.7, 2.0)])
+@pytest.mark.parametrize("size, truncated, temperature, soft_cap", [
+    (7, False, 1.0, None), (7, True, 1.7, 2.0), (75, False, 0.6, None), (75, True, 0.6, None), (75, False, 1.7, 2.0)])
 def test_value_is_that_of_loops_over_floats(small_blocks, implementation, size, truncated, temperature, soft_cap):
     hidden, vocabulary, targets, kept = _arrays(6, size)
     kept = kept if truncated else np.ones_like(kept)
     support = pack_support(jnp.asarray(kept)) if truncated else None
-    found = linear_logprob(jnp.asarray(hidden), jnp.asarray(vocabulary), jnp.asarray(targets),
-                           temperature=temperature, soft_cap=soft_cap, support=support, implementation=implementation)
+    call = jax.jit(functools.partial(linear_logprob, temperature=temperature, soft_cap=soft_cap, support=support,
+                                     implementation=implementation))
+    found = call(*map(jnp.asarray, (hidden, vocabulary, targets)))
     expected = _loops(hidden, vocabulary, targets, kept, temperature, soft_cap)
     for x, y in zip(found, expected, strict=True):
         assert x.dtype == jnp.float32
@@ -85,13 +81,12 @@ def test_uniform_logits_have_the_entropy_of_what_is_kept():
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("soft_cap", [None, 3.0])
-@pytest.mark.parametrize("truncated", [False, True])
+@pytest.mark.parametrize("soft_cap, truncated", [(None, False), (3.0, True)])
 def test_gradient_is_the_central_difference_in_float64(small_blocks, implementation, soft_cap, truncated):
-    hidden, vocabulary, targets, kept = _arrays(2, 45, width=3)
+    hidden, vocabulary, targets, kept = _arrays(4, 45, width=3)
     kept = kept if truncated else np.ones_like(kept)
     support = pack_support(jnp.asarray(kept))
-    weight = np.array([[0.7, -1.1], [0.4, 1.3]])
+    weight = np.array([[0.7, -1.1, 0.2, 0.9], [0.4, 1.3, -0.6, 0.8]])
 
     def oracle(hidden, vocabulary):
         return (weight * np.stack(_loops(hidden, vocabulary, targets, kept, 0.8, soft_cap))).sum()
@@ -101,14 +96,13 @@ def test_gradient_is_the_central_difference_in_float64(small_blocks, implementat
                                  support=support, implementation=implementation)
         return (jnp.asarray(weight, jnp.float32) * jnp.stack(results)).sum()
 
-    found = jax.grad(loss, (0, 1))(jnp.asarray(hidden), jnp.asarray(vocabulary))
+    found = jax.jit(jax.grad(loss, (0, 1)))(jnp.asarray(hidden), jnp.asarray(vocabulary))
     point = [hidden.astype(np.float64), vocabulary.astype(np.float64)]
     for which, gradient in enumerate(found):
-        for index in list(np.ndindex(point[which].shape))[::4]:
+        for index in list(np.ndindex(point[which].shape))[::5]:
             step = np.zeros_like(point[which])
             step[index] = 1e-5
-            up, down = ([x + sign * step * (i == which) if i == which else x for i, x in enumerate(point)]
-                        for sign in (1, -1))
+            up, down = ([x + sign * step if i == which else x for i, x in enumerate(point)] for sign in (1, -1))
             difference = (oracle(*up) - oracle(*down)) / 2e-5
             np.testing.assert_allclose(gradient[index], difference, rtol=1e-4, atol=1e-5)
 
@@ -117,10 +111,9 @@ def _case(rows, size, implementation, dtype=jnp.float32, truncated=False, soft_c
     hidden, vocabulary, targets, kept = _arrays(rows, size)
     silent = np.zeros(rows, bool)
     silent[::5] = True
-    targets[0], kept[0] = size - 1, False
+    kept[0] = False
     if rows > 10:
-        targets[5] = -100
-        targets[10], kept[10, targets[10]] = 2**30, False
+        targets[5], kept[10, targets[10]] = -100, False
     call = functools.partial(linear_logprob, temperature=0.9, soft_cap=soft_cap)
     support = pack_support(jnp.asarray(kept)) if truncated else None
     with_support = lambda name: lambda h, w, t, s: call(h, w, t, support=s, implementation=name)
@@ -131,8 +124,7 @@ def _case(rows, size, implementation, dtype=jnp.float32, truncated=False, soft_c
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
-@pytest.mark.parametrize("rows, size", [(12, 33), (12, 64), (13, 97), (1, 41), (24, 127)])
-@pytest.mark.parametrize("truncated", [False, True])
+@pytest.mark.parametrize("rows, size, truncated", [(12, 33, True), (12, 64, False), (13, 97, True), (24, 127, False)])
 def test_contract(small_blocks, rows, size, truncated, implementation):
     contract.check(_case(rows, size, implementation, truncated=truncated))
 
@@ -152,7 +144,7 @@ def test_mixed_precision_keeps_each_dtype():
     hidden, vocabulary, targets, _ = _arrays(4, 20)
     args = jnp.asarray(hidden, jnp.bfloat16), jnp.asarray(vocabulary)
     loss = lambda h, w: linear_logprob(h, w, jnp.asarray(targets))[0].sum()
-    assert [x.dtype for x in jax.grad(loss, (0, 1))(*args)] == [jnp.bfloat16, jnp.float32]
+    assert [x.dtype for x in jax.jit(jax.grad(loss, (0, 1)))(*args)] == [jnp.bfloat16, jnp.float32]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -164,7 +156,7 @@ def test_a_target_that_is_not_kept_has_no_probability_and_no_gradient(small_bloc
     support = pack_support(jnp.asarray(kept))
     call = lambda h: linear_logprob(h, jnp.asarray(vocabulary), jnp.asarray(targets), support=support,
                                     implementation=implementation)
-    (logp, entropy), pull = jax.vjp(call, jnp.asarray(hidden))
+    (logp, entropy), pull = jax.vjp(jax.jit(call), jnp.asarray(hidden))
     assert (np.isneginf(logp) == [True, True, True, False]).all()
     assert np.isfinite(entropy).all() and entropy[1] == 0
     gradient, = pull((jnp.ones(4), jnp.zeros(4)))
@@ -195,14 +187,15 @@ def test_inside_shard_map_a_replicated_vocabulary_gets_the_whole_gradient():
     for check_vma in True, False:
         total = jax.shard_map(lambda *x: jax.lax.psum(loss(*x), "data"), mesh=mesh, in_specs=(rows, whole, rows),
                               out_specs=whole, check_vma=check_vma)
-        found = jax.grad(total, (0, 1))(hidden, vocabulary, targets)
-        for x, y in zip(found, jax.grad(loss, (0, 1))(hidden, vocabulary, targets), strict=True):
+        found = jax.jit(jax.grad(total, (0, 1)))(hidden, vocabulary, targets)
+        for x, y in zip(found, jax.jit(jax.grad(loss, (0, 1)))(hidden, vocabulary, targets), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
 def test_gradient_keeps_no_logits():
     """XLA's own analysis: temporaries at most 5 % of the gradient with all logits in memory."""
-    shapes = [jax.ShapeDtypeStruct(*x) for x in [((512, 64), jnp.float32), ((32768, 64), jnp.float32), ((512,), jnp.int32)]]
+    shapes = (jax.ShapeDtypeStruct((512, 64), jnp.float32), jax.ShapeDtypeStruct((32768, 64), jnp.float32),
+              jax.ShapeDtypeStruct((512,), jnp.int32))
 
     def temporaries(implementation):
         def loss(hidden, vocabulary, targets):
@@ -214,7 +207,8 @@ def test_gradient_keeps_no_logits():
     assert temporaries("xla") <= 0.05 * temporaries("reference")
 
 
-@pytest.mark.parametrize("rows, size", [(16384, 64), (16384, 512), (16384, 2048), (2048, 151936), (17, 5000), (8191, 2048)])
+@pytest.mark.parametrize("rows, size", [(16384, 64), (16384, 512), (16384, 2048), (2048, 151936), (17, 5000),
+                                        (8191, 2048)])
 def test_blocks_divide_the_rows_and_hold_whole_words(rows, size):
     chosen = blocks.choose(rows, size)
     assert rows % chosen.row_blocks == 0
@@ -242,9 +236,3 @@ def test_what_is_wrong_is_said():
                              ({"support": pack_support(kept)[:, :1]}, r"ceil\(V / 32\)")]:
         with pytest.raises(ValueError, match=message):
             linear_logprob(hidden, vocabulary, targets, **options)
-
-
-def test_reference_is_plain_enough_to_differentiate_twice():
-    hidden, vocabulary, targets, _ = map(jnp.asarray, _arrays(2, 5))
-    curvature = jax.hessian(lambda h: reference.linear_logprob(h, vocabulary, targets, 1.0, None, None)[0].sum())(hidden)
-    assert np.isfinite(curvature).all()

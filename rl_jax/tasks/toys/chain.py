@@ -43,7 +43,7 @@ def chain(
               for (name, size), end in zip(sizes.items(), ends, strict=True) if size}
     return task.Task(
         name="chain", splits=splits, tokenizer=tokenizer, verifier=task.PureVerifier(score),
-        prompt_length=2 * terms, completion_length=terms,
+        prompt_length=2 * terms, completion_length=terms, final_answer=lambda text: text[-1:] or None,
         fingerprint=task.fingerprint("chain", terms=terms, modulus=modulus, sizes=sizes, seed=seed))
 
 

@@ -1,0 +1,119 @@
+"""Measurements that anyone can rerun; every speed claim of this repository is a row printed here.
+
+python scripts/benchmark.py replicas   seeds=16 with steps_per_call=50 against 16 runs of single steps
+"""
+# workers of a host verifier import this file: heavy imports stay inside the functions
+import dataclasses
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements per row; the median is printed.", lower_bound=1)
+_CHECK = flags.DEFINE_bool("check", False, "Exit with 1 if a row misses its target.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One comparison: seconds of both sides (medians of alternating measurements) and their ratio."""
+
+    name: str
+    ours_s: float
+    other_s: float
+    target: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster ours is."""
+        return self.other_s / self.ours_s
+
+
+def main(arguments: list[str]) -> None:
+    """Prints the rows of one benchmark."""
+    import jax
+    import rich.console
+    import rich.table
+
+    logging.set_verbosity(logging.WARNING)
+    benchmarks = {"replicas": replicas}
+    if len(arguments) != 2 or arguments[1] not in benchmarks:
+        sys.exit(f"usage: benchmark.py {{{','.join(benchmarks)}}}")
+    device = jax.devices()[0]
+    table = rich.table.Table(
+        title=f"{arguments[1]}: {device.device_kind}, jax {jax.__version__}, {time.strftime('%Y-%m-%d')}",
+        title_justify="left")
+    for column in ("workload", "ours, ms", "other, ms", "ratio", "target"):
+        table.add_column(column, justify="left" if column == "workload" else "right")
+    rows = benchmarks[arguments[1]]()
+    for row in rows:
+        table.add_row(row.name, f"{row.ours_s * 1e3:.3f}", f"{row.other_s * 1e3:.3f}", f"{row.ratio:.2f}x",
+                      "" if row.target is None else f"{row.target:g}x")
+    rich.console.Console(width=120).print(table)
+    if _CHECK.value and any(row.target is not None and row.ratio < row.target for row in rows):
+        sys.exit(1)
+
+
+def alternating(*sides: Callable[[], None]) -> list[float]:
+    """Median seconds of each side, measured in turn so that a noisy machine is noisy for all."""
+    for side in sides:
+        side()
+    times: list[list[float]] = [[] for _ in sides]
+    for _ in range(_REPEATS.value):
+        for side, spent in zip(sides, times, strict=True):
+            began = time.perf_counter()
+            side()
+            spent.append(time.perf_counter() - began)
+    return [statistics.median(spent) for spent in times]
+
+
+def replicas() -> Sequence[Row]:
+    """Seconds per step of one run: 16 replicas, 50 steps a dispatch, against 16 runs of single steps in turn."""
+    import jax
+
+    from rl_jax.models.network import Network
+    from rl_jax.models.transformer import Shape
+    from rl_jax.recipes.baselines import reinforce
+    from rl_jax.tasks.toys import addmod, bandit
+
+    version = tuple(int(part) for part in jax.__version__.split(".")[:2])
+    rows = []
+    for task, prompts, recipe, target in (
+            (bandit.bandit((0.0, 0.5, 1.0, 0.2)), 1, reinforce.reinforce(group_size=8), 12 if version < (0, 11) else 30),
+            (addmod.addmod(10), 8, reinforce.reinforce(group_size=8), None)):
+        network = Network(Shape(vocabulary=task.tokenizer.size, width=16, layers=1, heads=2, key_heads=1, head_size=8,
+                                inner=32))
+        ours, other = _replica_sides(task, network, recipe, prompts, seeds=16, steps=50)
+        a, b = alternating(ours, other)
+        rows.append(Row(f"{task.name}, {prompts * 8} rows: 16 seeds x 50 steps", a / 800, b / 800, target))
+    return rows
+
+
+def _replica_sides(task, network, recipe, prompts, *, seeds, steps):
+    """Both sides through the training loop as users run it: data pipeline, transfers and dispatch included."""
+    import jax
+
+    from rl_jax.experiment import Phase, Scale
+    from rl_jax.learner.optimiser import Optimiser
+    from rl_jax.train import loop
+
+    def ticks(**scale):
+        phase = Phase(recipe, Optimiser(), Scale(steps=10_000_000, prompts_per_step=prompts, **scale))
+        one = loop.PhaseLoop(phase, task, network, shown_groups=1)
+        return one.ticks(one.initial_state(jax.random.key(0)), one.stream(0))
+
+    wide, narrow = ticks(seeds=seeds, steps_per_call=steps), ticks()
+
+    def run(side, calls):
+        for _ in range(calls):
+            tick = next(side)
+        jax.block_until_ready((tick.state, tick.metrics))
+
+    return lambda: run(wide, 1), lambda: run(narrow, seeds * steps)
+
+
+if __name__ == "__main__":
+    app.run(main)

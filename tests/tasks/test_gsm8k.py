@@ -1,0 +1,116 @@
+import json
+import pathlib
+import sys
+import types
+
+import pytest
+
+from rl_jax.tasks import gsm8k, stream
+
+PUBLISHED = pathlib.Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
+
+
+def problem(i):
+    return {"question": f"Ann has {i} apples and buys {i + 1} more. How many has she\u2028now?",
+            "answer": f"She has {i} + {i + 1} = <<{i}+{i + 1}={2 * i + 1}>>{2 * i + 1} apples.\n#### {2 * i + 1}"}
+
+
+def write(folder, train, test):
+    for name, problems in (("train", train), ("test", test)):
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in problems), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return write(tmp_path, [problem(i) for i in range(20)], [problem(i) for i in range(17, 27)])
+
+
+def test_splits_from_files(path):
+    """Training problems 17 to 19 are test problems too: they are held out."""
+    task = gsm8k.gsm8k(path, validation_size=5)
+    questions = {name: {e.text for e in split} for name, split in task.splits.items()}
+    assert len(questions["held_out"]) == 10
+    assert len(questions["train"] | questions["validation"]) == 17 and not questions["train"] & questions["validation"]
+    assert not questions["held_out"] & (questions["train"] | questions["validation"])
+    again = gsm8k.gsm8k(path, validation_size=5)
+    assert again.splits == task.splits and again.fingerprint == task.fingerprint
+    assert gsm8k.gsm8k(path, validation_size=5, seed=1).fingerprint != task.fingerprint
+
+
+def test_solutions_lose_their_annotations_and_score_1(path):
+    task = gsm8k.gsm8k(path, validation_size=0)
+    assert set(task.splits) == {"train", "held_out"}
+    example = task.splits["train"][3]
+    solution = task.tokenizer.decode(example.answer)
+    assert solution == "She has 3 + 4 = 7 apples.\n#### 7" and example.answer[-1] == task.tokenizer.end_id
+    assert task.verifier.score(example.fields, solution) == {"score": 1.0, "marked": 1.0}
+    assert task.verifier.score(example.fields, "#### 8") == {"score": 0.0, "marked": 1.0}
+    assert stream.batch(task, task.splits["train"], need_answers=True).tokens.shape == (17, task.prompt_length)
+
+
+def test_lengths_are_checked(path):
+    with pytest.raises(ValueError, match="prompt_length allows 1 to 5"):
+        gsm8k.gsm8k(path, validation_size=5, prompt_length=5)
+    with pytest.raises(ValueError, match="completion_length allows 6"):
+        gsm8k.gsm8k(path, validation_size=5, completion_length=6)
+
+
+@pytest.mark.parametrize("line", ["not json", "[1]", '{"question": "a"}', '{"question": "a", "answer": "5"}',
+                                  '{"question": " ", "answer": "#### 5"}', "", '{"question": 1, "answer": "#### 5"}'])
+def test_a_line_that_is_no_problem_is_named(path, line):
+    file = pathlib.Path(path) / "train.jsonl"
+    file.write_text(json.dumps(problem(1)) + "\n" + line + "\n" + json.dumps(problem(2)) + "\n")
+    with pytest.raises(ValueError, match="train.jsonl, line 2: expected"):
+        gsm8k.gsm8k(path, validation_size=0)
+
+
+def test_missing_and_empty_files(path, tmp_path):
+    with pytest.raises(ValueError, match="there is no file.*train.jsonl"):
+        gsm8k.gsm8k(str(tmp_path / "nowhere"))
+    (pathlib.Path(path) / "test.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="test.jsonl is empty"):
+        gsm8k.gsm8k(path, validation_size=0)
+
+
+@pytest.mark.parametrize("size", [-1, 20])
+def test_refused_validation_size(path, size):
+    with pytest.raises(ValueError, match="20 training problems"):
+        gsm8k.gsm8k(path, validation_size=size)
+
+
+def stand_in(monkeypatch, data_source):
+    """The two modules of tensorflow-datasets that are imported."""
+    package = types.SimpleNamespace(data_source=data_source)
+    for name in ("tensorflow_datasets", "tensorflow_datasets.text", "tensorflow_datasets.text.gsm8k"):
+        monkeypatch.setitem(sys.modules, name, package)
+
+
+def test_tensorflow_datasets_gives_bytes(monkeypatch, path):
+    problems = {"train": range(17), "test": range(17, 27)}
+    stand_in(monkeypatch, lambda name, split: [{k: v.encode() for k, v in problem(i).items()} for i in problems[split]])
+    task = gsm8k.gsm8k(validation_size=0)
+    assert task.splits == gsm8k.gsm8k(path, validation_size=0).splits
+
+
+def test_tensorflow_datasets_without_network_or_not_installed(monkeypatch):
+    def unreachable(name, split):
+        raise OSError("no route to host")
+
+    stand_in(monkeypatch, unreachable)
+    with pytest.raises(ValueError, match="no route to host.*give path="):
+        gsm8k.gsm8k()
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(ImportError, match=r"pip install rl_jax\[tasks\].*path="):
+        gsm8k.gsm8k()
+
+
+if PUBLISHED.is_dir():
+
+    def test_the_published_problems():
+        task = gsm8k.gsm8k(str(PUBLISHED))
+        assert {name: len(split) for name, split in task.splits.items()} == {
+            "train": 6961, "validation": 512, "held_out": 1319}
+        for example in task.splits["held_out"][:100]:
+            assert task.verifier.score(example.fields, task.tokenizer.decode(example.answer))["score"] == 1.0
