@@ -53,8 +53,9 @@ def sample() -> None:
                       top_p=_TOP_P.value, min_p=_MIN_P.value)
     draw = jax.jit(decode.make_rollout(found.network, rollout, completion_length=task.completion_length,
                                        end_id=tokenizer.end_id, pad_id=tokenizer.pad_id))
-    samples = jax.device_get(draw(found.policy, jax.device_put(stream.batch(task, [example])),
-                                  jax.random.key(_SEED.value), np.int32(found.step)))
+    uniforms = decode.make_uniforms(jax.random.key(_SEED.value), 1, _SAMPLES.value, task.completion_length)
+    samples = jax.device_get(draw(found.policy, jax.device_put(stream.batch(task, [example])), uniforms,
+                                  np.int32(found.step)))
     table = rich.table.Table(title=f"{example.text!r} (step {found.step})", title_justify="left")
     for name in ("completion", "tokens", "ended", "log-probability", "entropy per token"):
         table.add_column(name, justify="left" if name == "completion" else "right")

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Key
+from jaxtyping import Array, Bool, Float
 
 from rl_jax.learner import assemble, diagnostics, update
 from rl_jax.recipe import Recipe
@@ -16,7 +16,7 @@ Judge = Callable[[Prompts, Samples], Verdict]
 
 
 def make_collect(recipe: Recipe, draw: Draw, judge: Judge, axis: str | None = None):
-    """Returns collect(parameters, prompts, key, version) -> (prompts, samples, verdict, metrics).
+    """Returns collect(parameters, prompts, uniforms, version) -> (prompts, samples, verdict, metrics).
 
     With `recipe.rollout.resample = r`, `prompts` holds 1 + r waves of P prompts. Waves are asked
     until P groups pass the selection slot or none is left; the kept groups fill the batch in the
@@ -29,25 +29,25 @@ def make_collect(recipe: Recipe, draw: Draw, judge: Judge, axis: str | None = No
     """
     waves = 1 + recipe.rollout.resample
 
-    def ask(parameters, prompts, key, version):
-        samples = draw(parameters, prompts, key, version)
+    def ask(parameters, prompts, uniforms, version):
+        samples = draw(parameters, prompts, uniforms, version)
         verdict = judge(prompts, samples)
         return (prompts, samples, verdict), assemble.experience(prompts, samples, verdict)
 
-    def collect(parameters: Any, prompts: Prompts, key: Key[Array, ""], version: Array):
+    def collect(parameters: Any, prompts: Prompts, uniforms: Float[Array, "A G T"], version: Array):
         if waves == 1:
-            drawn, x = ask(parameters, prompts, key, version)
+            drawn, x = ask(parameters, prompts, uniforms, version)
             return *drawn, diagnostics.of_samples(x)
-        pieces = update.cut(prompts, waves)
-        count = pieces.lengths.shape[1]
-        drawn, x = jax.eval_shape(ask, parameters, _wave(pieces, 0), key, version)
+        pieces = update.cut((prompts, uniforms), waves)
+        count = prompts.lengths.shape[0] // waves
+        drawn, x = jax.eval_shape(ask, parameters, *_wave(pieces, 0), version)
         empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), drawn)
-        empty = (_wave(pieces, 0), *empty[1:])
+        empty = (_wave(pieces, 0)[0], *empty[1:])
         total = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(diagnostics.of_samples, x))
 
         def body(carry):
             wave, filled, batch, total = carry
-            drawn, x = ask(parameters, _wave(pieces, wave), jax.random.fold_in(key, wave), version)
+            drawn, x = ask(parameters, *_wave(pieces, wave), version)
             keep = group_kept(recipe, x, count)
             slot = jnp.where(keep, filled + jnp.cumsum(keep) - 1, count)
             batch = jax.tree.map(lambda b, d: _scatter(b, d, slot), batch, drawn)
@@ -75,7 +75,7 @@ def group_kept(recipe: Recipe, x: Experience, prompts: int) -> Bool[Array, " P"]
     return (assemble.selected(recipe, x).mask.any(axis=1)).reshape(prompts, -1).any(axis=1)
 
 
-def _wave(pieces: Prompts, wave: Any) -> Prompts:
+def _wave(pieces: Any, wave: Any) -> Any:
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, wave, 0, keepdims=False), pieces)
 
 

@@ -24,10 +24,12 @@ class Pieces:
     """The functions that a step is composed of, none of them compiled.
 
     Attributes:
-      ask: (parameters, prompts, key, version) -> (prompts, samples, verdict, metrics).
+      uniforms: (key, step, number of prompts) -> the random numbers that `ask` draws with.
+      ask: (parameters, prompts, uniforms, version) -> (prompts, samples, verdict, metrics).
       learn: (state, prompts, samples, verdict) -> (state, metrics, experience).
     """
 
+    uniforms: Callable[..., Array]
     ask: Callable[..., tuple[Prompts, Samples, Verdict, Metrics]]
     learn: Callable[..., tuple[TrainState, Metrics, Experience]]
 
@@ -81,8 +83,8 @@ def make_pieces(recipe: Recipe, task: Any, network: Network, optimiser: optax.Gr
         x = assemble.experience(prompts, samples, verdict, coefficients=coefficients)
         x = evaluate.with_models(recipe, policy_of, state.parameters, state.frozen, x, microbatches)
         x = assemble.with_advantage(recipe, x)
-        _, key = _keys(state.key, state.step)
-        parameters, optimiser_state, metrics = passes(state.parameters, state.optimiser, x, key)
+        parameters, optimiser_state, metrics = passes(state.parameters, state.optimiser, x,
+                                                      jax.random.fold_in(state.key, 2 * state.step + 1))
         control = state.control
         if control:
             policy = assemble.hide_policy(jax.lax.stop_gradient(policy_of(state.parameters, x)), x.mask)
@@ -98,10 +100,14 @@ def make_pieces(recipe: Recipe, task: Any, network: Network, optimiser: optax.Gr
             metrics["optimiser/learning_rate"] = jnp.asarray(learning_rate(passed), jnp.float32)
         return state, metrics, x
 
-    return Pieces(ask=ask, learn=learn)
+    def uniforms(key: Array, index: Array, prompts: int) -> Array:
+        group = recipe.group_size if recipe.rollout is not None else 0
+        return decode.make_uniforms(jax.random.fold_in(key, 2 * index), prompts, group, task.completion_length)
+
+    return Pieces(uniforms=uniforms, ask=ask, learn=learn)
 
 
-def given_answers(parameters: Parameters, prompts: Prompts, key: Array, version: Array):
+def given_answers(parameters: Parameters, prompts: Prompts, uniforms: Array, version: Array):
     """The prompts' own answers as samples, for recipes without a rollout."""
     if prompts.answer is None:
         raise ValueError("this recipe learns from given answers (rollout=None), and the prompts have none: "
@@ -124,17 +130,26 @@ def make_step(pieces: Pieces, *, steps_per_call: int = 1, seeds: int = 1, shown_
         (before K); the prompts are the same for all.
       shown_groups: return only the experience of the first so many prompts; None returns all of it.
     """
-    def once(state: TrainState, prompts: Prompts) -> tuple[TrainState, Metrics, Experience]:
-        key, _ = _keys(state.key, state.step)
-        prompts, samples, verdict, metrics = pieces.ask(state.parameters["policy"], prompts, key, state.step)
-        state, learnt, x = pieces.learn(state, prompts, samples, verdict)
-        return state, {**metrics, **learnt}, first_groups(x, shown_groups)
+    def once(state: TrainState, prompts: Prompts, uniforms: Array) -> tuple[TrainState, Metrics, Experience]:
+        drawn = pieces.ask(state.parameters["policy"], prompts, uniforms, state.step)
+        state, learnt, x = pieces.learn(state, *drawn[:3])
+        return state, {**drawn[3], **learnt}, first_groups(x, shown_groups)
+
+    def single(state, prompts):
+        return once(state, prompts, pieces.uniforms(state.key, state.step, prompts.lengths.shape[0]))
 
     def many(state, prompts):
-        state, (metrics, x) = jax.lax.scan(lambda s, p: (lambda out: (out[0], out[1:]))(once(s, p)), state, prompts)
-        return state, metrics, x
+        calls, count = prompts.lengths.shape
+        numbers = jax.vmap(lambda n: pieces.uniforms(state.key, state.step + n, count))(jnp.arange(calls))
 
-    step = once if steps_per_call == 1 else many
+        def body(state, part):
+            state, *results = once(state, *part)
+            return state, tuple(results)
+
+        state, results = jax.lax.scan(body, state, (prompts, numbers))  # all random numbers at once: one call to threefry
+        return state, *results
+
+    step = single if steps_per_call == 1 else many
     return step if seeds == 1 else jax.vmap(step, in_axes=(0, None), axis_name=SEED_AXIS)
 
 
@@ -168,8 +183,3 @@ def first_groups(x: Experience, groups: int | None) -> Experience:
     rest = dataclasses.replace(x, prompts=None, coefficients=None)
     return dataclasses.replace(jax.tree.map(lambda a: a[:rows], rest),
                                prompts=jax.tree.map(lambda a: a[:groups], x.prompts))
-
-
-def _keys(key: Array, index: Array) -> Array:
-    """The two keys of batch `index`: one to draw with, one to deal minibatches with."""
-    return jax.random.split(jax.random.fold_in(key, index))

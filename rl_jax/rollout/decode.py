@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from kernels_pallas.linear_logprob.support import pack_support
 from rl_jax.models import transformer
@@ -13,14 +13,16 @@ from rl_jax.recipe import Rollout
 from rl_jax.rollout import sample
 from rl_jax.types import Parameters, Prompts, Samples
 
+MOST_SAMPLES = 4096
+
 
 def make_rollout(network: Network, rollout: Rollout, *, completion_length: int, end_id: int, pad_id: int,
                  axis: str | None = None) -> Callable[..., Samples]:
-    """Returns draw(parameters, prompts, key, version) -> Samples of G answers per prompt, prompt-major.
+    """Returns draw(parameters, prompts, uniforms, version) -> Samples of G answers per prompt, prompt-major.
 
     The group axis is a `vmap` with the prompt's cache at `in_axes=None`: it is never copied. It
-    wraps the step inside the loop; the loop stops when every answer has ended. Sample g of
-    prompt p draws from a key of its own, fold_in(fold_in(key, p), g).
+    wraps the step inside the loop; the loop stops when every answer has ended. `uniforms` [P, G, T]
+    are the random numbers, from `make_uniforms`.
 
     Args:
       completion_length: T, the budget in tokens, the end token included.
@@ -30,17 +32,18 @@ def make_rollout(network: Network, rollout: Rollout, *, completion_length: int, 
     """
     group = rollout.group_size
 
-    def draw(parameters: Parameters, prompts: Prompts, key: Key[Array, ""], version: Int[Array, ""]) -> Samples:
+    def draw(parameters: Parameters, prompts: Prompts, uniforms: Float[Array, "P G T"],
+             version: Int[Array, ""]) -> Samples:
         count = prompts.lengths.shape[0]
         head = network.vocabulary(parameters)
         prompt_cache = network.prefill(parameters, prompts.tokens)
-        keys = _sample_keys(key, group, count)
+        uniforms = jnp.moveaxis(uniforms, 0, 1)
 
-        def one_sample(cache, token, keys, alive, now):
+        def one_sample(cache, token, uniforms, alive, now):
             hidden, cache = network.decode(parameters, prompt_cache, cache, token, prompts.lengths, now)
             logits = jnp.einsum("pd,vd->pv", hidden, head, preferred_element_type=jnp.float32)
-            now_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, now)
-            token, logp, entropy, keep = sample.draw(now_keys, logits, rollout)
+            uniform = jax.lax.dynamic_index_in_dim(uniforms, now, 1, keepdims=False)
+            token, logp, entropy, keep = sample.draw(uniform, logits, rollout)
             token = jnp.where(alive, token, pad_id).astype(jnp.int32)
             support = {} if keep is None else {"support": pack_support(keep)}
             drawn = {"tokens": token, "mask": alive, "rollout_logp": jnp.where(alive, logp, 0.0),
@@ -52,13 +55,13 @@ def make_rollout(network: Network, rollout: Rollout, *, completion_length: int, 
         cache = jax.tree.map(lambda a: jnp.zeros((group, *a.shape), a.dtype),
                              jax.eval_shape(lambda: network.empty_cache(parameters, count, completion_length)))
         alive = jnp.ones((group, count), bool)
-        shapes = jax.eval_shape(step, cache, first, keys, alive, jnp.zeros((), jnp.int32))[1]
+        shapes = jax.eval_shape(step, cache, first, uniforms, alive, jnp.zeros((), jnp.int32))[1]
         buffers = jax.tree.map(lambda a: jnp.zeros((completion_length, *a.shape), a.dtype), shapes)
         buffers["tokens"] = jnp.full_like(buffers["tokens"], pad_id)
 
         def body(carry):
             now, cache, token, alive, buffers = carry
-            cache, drawn = step(cache, token, keys, alive, now)
+            cache, drawn = step(cache, token, uniforms, alive, now)
             buffers = jax.tree.map(lambda b, d: jax.lax.dynamic_update_index_in_dim(b, d, now, 0), buffers, drawn)
             return now + 1, cache, drawn["tokens"], alive & (drawn["tokens"] != end_id), buffers
 
@@ -78,10 +81,22 @@ def make_rollout(network: Network, rollout: Rollout, *, completion_length: int, 
     return draw
 
 
-def _sample_keys(key: Key[Array, ""], group: int, count: int) -> Key[Array, "G P"]:
-    fold = jax.random.fold_in
-    prompt_keys = jax.vmap(fold, (None, 0))(key, jnp.arange(count))
-    return jax.vmap(jax.vmap(fold, (0, None)), (None, 0))(prompt_keys, jnp.arange(group))
+def make_uniforms(key: Key[Array, ""], prompts: int, group: int, length: int) -> Float[Array, "P G T"]:
+    """The random numbers of a rollout, in [0, 1): those of sample g of prompt p come from a key of their own.
+
+    They are the same whatever the number of prompts, samples or positions. The key is consumed.
+
+    Args:
+      prompts, group, length: P, G and T; G at most 4,096.
+
+    Raises:
+      ValueError: if G is larger.
+    """
+    if group > MOST_SAMPLES:
+        raise ValueError(f"group_size={group}: at most {MOST_SAMPLES} samples per prompt can be drawn.")
+    identity = jnp.arange(prompts)[:, None] * MOST_SAMPLES + jnp.arange(group)[None, :]
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, identity.reshape(-1))
+    return jax.vmap(lambda k: jax.random.uniform(k, (length,)))(keys).reshape(prompts, group, length)
 
 
 def _prompt_major(a: Any) -> Array:

@@ -1,7 +1,7 @@
 """One token from a row of logits, with the log-probability under the distribution that drew it."""
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from rl_jax.recipe import Rollout
 
@@ -31,13 +31,16 @@ def kept(logits: Float[Array, "B V"], rollout: Rollout) -> Bool[Array, "B V"]:
     return keep
 
 
-def draw(key: Key[Array, " B"], logits: Float[Array, "B V"], rollout: Rollout) -> tuple[
+def draw(uniform: Float[Array, " B"], logits: Float[Array, "B V"], rollout: Rollout) -> tuple[
         Int[Array, " B"], Float[Array, " B"], Float[Array, " B"], Bool[Array, "B V"] | None]:
     """A token per row, its log-probability, the entropy (nats), and which tokens could be drawn.
 
     Log-probability and entropy are those of the distribution that really sampled: after
     temperature, top-k, top-p and min-p. At temperature 0 the most probable token is certain:
-    both are 0. The keys are consumed.
+    both are 0.
+
+    Args:
+      uniform: one number in [0, 1) per row; the token is the first whose cumulative probability exceeds it.
 
     Returns:
       token, logp, entropy, and the mask of kept tokens (None when nothing was cut).
@@ -50,8 +53,8 @@ def draw(key: Key[Array, " B"], logits: Float[Array, "B V"], rollout: Rollout) -
     keep = kept(logits, rollout) if rollout.truncated else None
     if keep is not None:
         logits = jnp.where(keep, logits, -jnp.inf)
-    noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], jnp.float32))(key)
-    token = (logits + noise).argmax(axis=1)
     logp = jax.nn.log_softmax(logits, axis=1)
+    cumulative = jnp.cumsum(jnp.exp(logp), axis=1)
+    token = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(axis=1)
     entropy = -jnp.where(jnp.isfinite(logp), jnp.exp(logp) * logp, 0.0).sum(axis=1)
     return token, jnp.take_along_axis(logp, token[:, None], axis=1)[:, 0], entropy, keep

@@ -1,7 +1,7 @@
 """The verifier as the step calls it: in the program where it is pure, through one callback where it is not."""
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from rl_jax.tasks import task as tasks
 from rl_jax.types import Prompts, Samples, Verdict
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """Worker processes that score texts; `reward.worker.Workers` is one."""
 

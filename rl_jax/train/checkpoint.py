@@ -2,7 +2,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -38,7 +38,7 @@ class Checkpoints:
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), best_fn=_score, best_mode="max",
             enable_async_checkpointing=True))
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: Any) -> None:

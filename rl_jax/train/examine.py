@@ -33,8 +33,8 @@ class Examined:
 class Examiner:
     """Draws and scores answers to a split; compiled once, called with any weights."""
 
-    def __init__(self, network: Network, task: tasks.Task, split: str, *, rollout: Rollout, problems_per_batch: int = 64,
-                 workers: Any = None):
+    def __init__(self, network: Network, task: tasks.Task, split: str, *, rollout: Rollout,
+                 problems_per_batch: int = 64, workers: Any = None):
         """Composes the program.
 
         Args:
@@ -51,7 +51,8 @@ class Examiner:
                                    end_id=task.tokenizer.end_id, pad_id=task.tokenizer.pad_id)
 
         def ask(parameters, prompts, key):
-            samples = draw(parameters, prompts, key, np.int32(0))
+            numbers = decode.make_uniforms(key, prompts.lengths.shape[0], rollout.group_size, task.completion_length)
+            samples = draw(parameters, prompts, numbers, np.int32(0))
             return samples, judge.pure(task.verifier)(prompts, samples) if pure else None
 
         self._ask = jax.jit(ask)
