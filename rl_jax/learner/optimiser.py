@@ -62,8 +62,9 @@ def learning_rate(numbers: Optimiser, steps: int) -> Callable:
 
 def transform(numbers: Optimiser, steps: int) -> optax.GradientTransformation:
     """optax's chain: clip by global norm, AdamW on the schedule."""
-    def matrices(parameters):
-        return jax.tree.map(lambda a: a.ndim >= 2, parameters)
+    def matrices(parameters):  # by name, as the scales and biases of scanned layers are stacked to two axes
+        return jax.tree_util.tree_map_with_path(
+            lambda path, a: a.ndim >= 2 and getattr(path[-1], "key", None) not in ("scale", "bias"), parameters)
 
     adam = optax.adamw(learning_rate(numbers, steps), numbers.beta1, numbers.beta2, numbers.epsilon,
                        weight_decay=numbers.weight_decay, mask=matrices)

@@ -143,21 +143,29 @@ def make_step(pieces: Pieces, *, steps_per_call: int = 1, seeds: int = 1, shown_
         numbers = jax.vmap(lambda n: pieces.uniforms(state.key, state.step + n, count))(jnp.arange(calls))
 
         def body(state, part):
-            state, *results = once(state, *part)
-            return state, tuple(results)
+            state, metrics, x = once(state, *part)
+            return state, (_packed(metrics), x)
 
-        state, results = jax.lax.scan(body, state, (prompts, numbers))  # all random numbers at once: one call to threefry
-        return state, *results
+        # all random numbers are made before the scan and all metrics leave it as one array: small models are
+        # bound by the number of operations in its body
+        state, (metrics, x) = jax.lax.scan(body, state, (prompts, numbers))
+        names = sorted(jax.eval_shape(single, state, jax.tree.map(lambda a: a[0], prompts))[1])
+        return state, dict(zip(names, jnp.moveaxis(metrics, -1, 0), strict=True)), x
 
     step = single if steps_per_call == 1 else many
     return step if seeds == 1 else jax.vmap(step, in_axes=(0, None), axis_name=SEED_AXIS)
+
+
+def _packed(metrics: Metrics) -> Array:
+    return jnp.stack([metrics[name].astype(jnp.float32) for name in sorted(metrics)])
 
 
 def make_draw(pieces: Pieces):
     """The first of two programs: draw(parameters, key, prompts, index) -> samples of batch `index`."""
     def draw(parameters: Parameters, key: Array, prompts: Prompts, index: Array) -> Samples:
         version = jnp.maximum(index - 1, 0)  # the batch before is still being scored, and not learned from
-        _, samples, _, _ = pieces.ask(parameters["policy"], prompts, _keys(key, index)[0], version)
+        uniforms = pieces.uniforms(key, index, prompts.lengths.shape[0])
+        _, samples, _, _ = pieces.ask(parameters["policy"], prompts, uniforms, version)
         return samples
 
     return draw

@@ -66,7 +66,8 @@ def make_gradient(recipe: Recipe, evaluate: Evaluate, microbatches: int = 1):
 
     def one(parameters, part, coefficients):
         x, weight, share = part
-        x = dataclasses.replace(x, coefficients=coefficients)
+        group_size = x.mask.shape[0] // x.prompts.lengths.shape[0]
+        x = dataclasses.replace(x, group=assemble.group_ids(x.failed, group_size), coefficients=coefficients)
         (_, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(parameters, x, weight, share)
         return gradient, metrics
 

@@ -54,7 +54,9 @@ def draw(uniform: Float[Array, " B"], logits: Float[Array, "B V"], rollout: Roll
     if keep is not None:
         logits = jnp.where(keep, logits, -jnp.inf)
     logp = jax.nn.log_softmax(logits, axis=1)
-    cumulative = jnp.cumsum(jnp.exp(logp), axis=1)
-    token = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(axis=1)
-    entropy = -jnp.where(jnp.isfinite(logp), jnp.exp(logp) * logp, 0.0).sum(axis=1)
+    probability = jnp.exp(logp)
+    # A parallel sum is not monotone to the last bit: only a token that has probability may be where it passes.
+    cumulative = jnp.where(probability > 0, jnp.cumsum(probability, axis=1), 0.0)
+    token = (cumulative > uniform[:, None] * cumulative.max(axis=1, keepdims=True)).argmax(axis=1)
+    entropy = -jnp.where(probability > 0, probability * logp, 0.0).sum(axis=1)
     return token, jnp.take_along_axis(logp, token[:, None], axis=1)[:, 0], entropy, keep

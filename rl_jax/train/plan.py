@@ -141,9 +141,10 @@ def _learning(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> list[Row]
 
 
 def _blank_experience(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> Experience:
+    uniforms = loop.pieces.uniforms(state.key, state.step, prompts.lengths.shape[0])
     # the replicas' axis must have a name here too: the sampling loop asks it whether any is unfinished
     ask = jax.vmap(loop.pieces.ask, in_axes=None, out_axes=None, axis_name=SEED_AXIS, axis_size=1)
-    prompts, samples, verdict, _ = ask(state.parameters["policy"], prompts, state.key, state.step)
+    prompts, samples, verdict, _ = ask(state.parameters["policy"], prompts, uniforms, state.step)
     coefficients = {n: one.read(state.control[n]) for n, one in loop.phase.recipe.schedule.controls.items()}
     return assemble.experience(prompts, samples, verdict, coefficients=coefficients)
 
