@@ -84,8 +84,8 @@ def replicas() -> Sequence[Row]:
     for task, prompts, recipe, target in (
             (bandit.bandit((0.0, 0.5, 1.0, 0.2)), 1, reinforce.reinforce(group_size=8), 12 if version < (0, 11) else 30),
             (addmod.addmod(10), 8, reinforce.reinforce(group_size=8), None)):
-        network = Network(Shape(vocabulary=task.tokenizer.size, width=16, layers=1, heads=2, key_heads=1, head_size=8,
-                                inner=32))
+        network = Network(Shape(vocabulary=task.tokenizer.size, width=8, layers=1, heads=1, key_heads=1, head_size=8,
+                                inner=16))
         ours, other = _replica_sides(task, network, recipe, prompts, seeds=16, steps=50)
         a, b = alternating(ours, other)
         rows.append(Row(f"{task.name}, {prompts * 8} rows: 16 seeds x 50 steps", a / 800, b / 800, target))

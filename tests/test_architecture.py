@@ -42,7 +42,7 @@ MAY_IMPORT = {
 
 # Names that are read by getattr or hasattr with good reason: a field whose name is data.
 MAY_READ_BY_NAME = {"rl_jax/record.py", "rl_jax/recipe.py", "rl_jax/models/transformer.py",
-                    "rl_jax/train/checkpoint.py"}
+                    "rl_jax/learner/optimiser.py", "rl_jax/train/checkpoint.py"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +204,7 @@ def test_what_is_public_is_annotated_and_documented(source):
             arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
             bare = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
             assert not bare, f"{where}: {bare} have no annotation"
+            assert node.returns is not None or node.name == "__init__", f"{where}: what does it return?"
 
 
 @pytest.mark.parametrize("folder", sorted(

@@ -15,7 +15,7 @@ Draw = Callable[..., Samples]
 Judge = Callable[[Prompts, Samples], Verdict]
 
 
-def make_collect(recipe: Recipe, draw: Draw, judge: Judge, axis: str | None = None):
+def make_collect(recipe: Recipe, draw: Draw, judge: Judge, axis: str | None = None) -> Callable[..., Any]:
     """Returns collect(parameters, prompts, uniforms, version) -> (prompts, samples, verdict, metrics).
 
     With `recipe.rollout.resample = r`, `prompts` holds 1 + r waves of P prompts. Waves are asked

@@ -81,6 +81,7 @@ def make_pieces(recipe: Recipe, task: Any, network: Network, optimiser: optax.Gr
     def learn(state: TrainState, prompts: Prompts, samples: Samples, verdict: Verdict):
         coefficients = {name: one.read(state.control[name]) for name, one in recipe.schedule.controls.items()}
         x = assemble.experience(prompts, samples, verdict, coefficients=coefficients)
+        scored = x.mask.any(axis=1)  # neither failed nor an empty slot
         x = evaluate.with_models(recipe, policy_of, state.parameters, state.frozen, x, microbatches)
         x = assemble.with_advantage(recipe, x)
         parameters, optimiser_state, metrics = passes(state.parameters, state.optimiser, x,
@@ -94,7 +95,7 @@ def make_pieces(recipe: Recipe, task: Any, network: Network, optimiser: optax.Gr
             skipped=jnp.where(metrics["gradient/skipped"] > 0, state.skipped + 1, 0))
         metrics |= {f"control/{name}": jnp.asarray(value) for name, value in coefficients.items()}
         if recipe.rollout is not None:
-            metrics["reward/mean"] = x.reward.mean()
+            metrics["reward/mean"] = jnp.where(scored, x.reward, 0.0).sum() / jnp.maximum(scored.sum(), 1)
         if learning_rate is not None:
             passed = (state.step - 1) * recipe.schedule.epochs * recipe.schedule.minibatches
             metrics["optimiser/learning_rate"] = jnp.asarray(learning_rate(passed), jnp.float32)
@@ -107,7 +108,8 @@ def make_pieces(recipe: Recipe, task: Any, network: Network, optimiser: optax.Gr
     return Pieces(uniforms=uniforms, ask=ask, learn=learn)
 
 
-def given_answers(parameters: Parameters, prompts: Prompts, uniforms: Array, version: Array):
+def given_answers(parameters: Parameters, prompts: Prompts, uniforms: Array,
+                  version: Array) -> tuple[Prompts, Samples, Verdict, Metrics]:
     """The prompts' own answers as samples, for recipes without a rollout."""
     if prompts.answer is None:
         raise ValueError("this recipe learns from given answers (rollout=None), and the prompts have none: "
@@ -120,7 +122,8 @@ def given_answers(parameters: Parameters, prompts: Prompts, uniforms: Array, ver
     return prompts, samples, verdict, {}
 
 
-def make_step(pieces: Pieces, *, steps_per_call: int = 1, seeds: int = 1, shown_groups: int | None = None):
+def make_step(pieces: Pieces, *, steps_per_call: int = 1, seeds: int = 1,
+              shown_groups: int | None = None) -> Callable[..., tuple[TrainState, Metrics, Experience]]:
     """Returns step(state, prompts) -> (state, metrics, experience): everything in one program.
 
     Args:
@@ -160,7 +163,7 @@ def _packed(metrics: Metrics) -> Array:
     return jnp.stack([metrics[name].astype(jnp.float32) for name in sorted(metrics)])
 
 
-def make_draw(pieces: Pieces):
+def make_draw(pieces: Pieces) -> Callable[..., Samples]:
     """The first of two programs: draw(parameters, key, prompts, index) -> samples of batch `index`."""
     def draw(parameters: Parameters, key: Array, prompts: Prompts, index: Array) -> Samples:
         version = jnp.maximum(index - 1, 0)  # the batch before is still being scored, and not learned from
@@ -171,7 +174,8 @@ def make_draw(pieces: Pieces):
     return draw
 
 
-def make_learn(pieces: Pieces, shown_groups: int | None = None):
+def make_learn(pieces: Pieces,
+               shown_groups: int | None = None) -> Callable[..., tuple[TrainState, Metrics, Experience]]:
     """The second of two programs: learn(state, prompts, samples, verdict) -> (state, metrics, experience)."""
     def learn(state: TrainState, prompts: Prompts, samples: Samples, verdict: Verdict):
         metrics = diagnostics.of_samples(assemble.experience(prompts, samples, verdict))

@@ -53,7 +53,7 @@ def _loss_and_extras(recipe: Recipe, policy: Evaluated, x: Experience):
     return out if isinstance(out, tuple) else (out, {})
 
 
-def make_gradient(recipe: Recipe, evaluate: Evaluate, microbatches: int = 1):
+def make_gradient(recipe: Recipe, evaluate: Evaluate, microbatches: int = 1) -> Callable[..., Any]:
     """Returns gradient(parameters, x) -> (gradient, metrics), accumulated over micro-batches.
 
     `microbatches` trades memory for time and changes nothing else: weights are fixed before the
@@ -94,7 +94,7 @@ def cut(tree: Any, parts: int) -> Any:
     return jax.tree.map(lambda a: a.reshape(parts, a.shape[0] // parts, *a.shape[1:]), tree)
 
 
-def make_update(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTransformation, microbatches: int = 1):
+def make_update(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTransformation, microbatches: int = 1) -> Callable[..., Any]:
     """Returns update(parameters, optimiser_state, x) -> (parameters, optimiser_state, metrics): one optimiser step.
 
     x has been through `assemble.with_advantage`. A gradient that is not finite changes nothing
@@ -118,7 +118,7 @@ def make_update(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTra
     return update
 
 
-def make_passes(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTransformation, microbatches: int = 1):
+def make_passes(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTransformation, microbatches: int = 1) -> Callable[..., Any]:
     """Returns passes(parameters, optimiser_state, x, key): all epochs and minibatches over one batch.
 
     The prompts are dealt to minibatches anew for each epoch (the key is consumed); groups stay whole. Weights

@@ -81,17 +81,18 @@ def score_on_host(task: tasks.Task, split: str, workers: Scorer, example: Array 
       example: [N], the example each row answers.
       tokens, mask: [N, T], what was drawn.
     """
-    rows = len(tokens)
+    rows, names = len(tokens), task.verifier.parts
     try:
         texts = texts_of(task.tokenizer, np.asarray(tokens), np.asarray(mask))
         fields = [task.splits[split][int(i)].fields for i in np.asarray(example)]
         score, parts, failed = workers.score(fields, texts)
+        numbers = np.asarray([score, *(parts[name] for name in names)], np.float32).reshape(len(names) + 1, rows)
+        failed = np.asarray(failed, bool).reshape(rows) | ~np.isfinite(numbers).all(axis=0)
     except Exception:  # raising through XLA would delete the donated state
         logging.getLogger(__name__).exception("scoring a batch of %d answers failed; all count as failures", rows)
-        score, parts, failed = np.zeros(rows, np.float32), {}, np.ones(rows, bool)
-    zero = np.zeros(rows, np.float32)
-    return Verdict(score=np.asarray(score, np.float32), failed=np.asarray(failed, bool),
-                   parts={name: np.asarray(parts.get(name, zero), np.float32) for name in task.verifier.parts})
+        numbers, failed = np.zeros((len(names) + 1, rows), np.float32), np.ones(rows, bool)
+    score, *parts = np.where(failed, 0, numbers)
+    return Verdict(score=score, parts=dict(zip(names, parts, strict=True)), failed=failed)
 
 
 def rows_of(prompts: Prompts, samples: Samples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

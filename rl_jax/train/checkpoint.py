@@ -1,5 +1,6 @@
 """Checkpoints: the whole state and the data cursor in one directory per step, written in the background."""
 import dataclasses
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +31,7 @@ class Checkpoints:
           keep_steps: steps that are kept whatever comes after them, the ends of phases.
         """
         self._path = pathlib.Path(workdir).absolute() / "checkpoints"
+        _check_scores(self._path)
         policies = [checkpoint_managers.LatestN(keep_last), checkpoint_managers.CustomSteps(tuple(keep_steps))]
         if keep_best:
             policies.append(checkpoint_managers.BestN(get_metric_fn=_score, n=keep_best,
@@ -93,9 +95,11 @@ class Checkpoints:
         rest = _without_parameters(like)
         found = self._restore(step, parameters=ocp.args.StandardRestore(like.parameters),
                               training=ocp.args.StandardRestore(rest))
-        fields = dict(found["training"])
-        fields["key"] = jax.random.wrap_key_data(fields["key"])
-        return TrainState(parameters=found["parameters"], **fields)
+        values = {**found["training"], "parameters": found["parameters"],
+                  "key": jax.random.wrap_key_data(found["training"]["key"])}
+        # unflattened and not constructed: with replicas every leaf has an axis more
+        leaves = jax.tree.leaves([values[field.name] for field in dataclasses.fields(like)])
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
     def restore_pending(self, step: int, like: Any) -> Any:
         """The rollouts in flight of a step."""
@@ -111,10 +115,26 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
-            raise ValueError(
-                f"the checkpoint {self._path / str(step)} cannot be read (damaged, or of another configuration): "
-                f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. Nothing was changed. Move that "
-                f"directory away to continue from an earlier one (there are {self.steps()}).") from error
+            raise _unreadable(self._path, str(step), error) from error
+
+
+def _check_scores(path: pathlib.Path) -> None:
+    """Refuses the checkpoint whose score cannot be read, by name: Orbax reads them all, and would not say which."""
+    for file in sorted(path.glob("*/metrics/metrics")):
+        name = file.parents[1].name
+        try:
+            if name.isdigit():  # the others were being written
+                float(json.loads(file.read_text())["score"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise _unreadable(path, name, error) from error
+
+
+def _unreadable(path: pathlib.Path, name: str, error: Exception) -> ValueError:
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    others = sorted(int(entry.name) for entry in path.iterdir() if entry.name.isdigit() and entry.name != name)
+    return ValueError(f"the checkpoint {path / name} cannot be read (damaged, or of another configuration): {said}. "
+                      "Nothing was deleted. Move that directory away to continue from an earlier one (there are "
+                      f"{others or 'none'}).")
 
 
 def _score(metrics: dict[str, float]) -> float:

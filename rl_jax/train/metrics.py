@@ -60,14 +60,14 @@ class Lines:
         path.touch()
         self.last = self._cut(math.inf)
 
-    def append(self, added: Sequence[Mapping[str, Any]]):
+    def append(self, added: Sequence[Mapping[str, Any]]) -> None:
         """Writes rows of one step in one piece; a process that is killed afterwards does not lose them."""
         written = "".join(to_json(row) + "\n" for row in added).encode()
         with self.path.open("ab") as file:
             file.write(written)
         self.last = dict(added[-1]) if added else self.last
 
-    def truncate_to(self, step: int):
+    def truncate_to(self, step: int) -> None:
         """Drops the rows of every step after `step`."""
         self.last = self._cut(step)
 
@@ -115,7 +115,7 @@ class Writer:
         """The last step that was written, 0 before the first."""
         return max(lines.last["step"] if lines.last else 0 for lines in (self._metrics, self._rollouts))
 
-    def metrics(self, step: int, phase: str, values: Mapping[str, Any]):
+    def metrics(self, step: int, phase: str, values: Mapping[str, Any]) -> None:
         """Adds one line of numbers; a step may have several.
 
         Args:
@@ -133,7 +133,7 @@ class Writer:
         for mirror in self._mirrors:
             mirror.write(int(step), numbers)
 
-    def rollouts(self, step: int, phase: str, sampled: Sequence[Mapping[str, Any]]):
+    def rollouts(self, step: int, phase: str, sampled: Sequence[Mapping[str, Any]]) -> None:
         """Adds a table of answers, one line each, as `rollout_rows` makes them.
 
         Args:
@@ -144,7 +144,7 @@ class Writer:
         self._check_order(step)
         self._rollouts.append([{"step": int(step), "phase": phase} | dict(row) for row in sampled])
 
-    def truncate_to(self, step: int):
+    def truncate_to(self, step: int) -> None:
         """Drops everything that was written after `step`: the run resumes from there.
 
         Args:
@@ -156,7 +156,7 @@ class Writer:
             mirror.truncate_to(step)
         self._start_clock()
 
-    def close(self):
+    def close(self) -> None:
         """Finishes what TensorBoard and W&B still hold back; the JSONL files need no closing."""
         for mirror in self._mirrors:
             mirror.close()

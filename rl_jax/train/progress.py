@@ -44,7 +44,7 @@ class Progress:
             refresh_per_second=4)
         self._task = self._bar.add_task("start", total=total, completed=done, numbers="")
 
-    def update(self, step: int, phase: str, metrics: Mapping[str, Any]):
+    def update(self, step: int, phase: str, metrics: Mapping[str, Any]) -> None:
         """Says that `step` is done.
 
         Args:
@@ -58,7 +58,7 @@ class Progress:
             self._said = now
             self.note(self._line(phase))
 
-    def note(self, message: str):
+    def note(self, message: str) -> None:
         """Prints a line above the bar, word for word.
 
         Args:
