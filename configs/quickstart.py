@@ -26,7 +26,7 @@ def get_config(recipe: str = "baselines.grpo") -> ml_collections.ConfigDict:
         "model": experiment.model_section(width=128, layers=3, heads=4, key_heads=2, head_size=32, inner=384),
         "before": (warm_start,),
         "recipe": experiment.recipe_section(recipe, **changed),
-        "optimiser": experiment.section(experiment.Optimiser, learning_rate=3e-4, warmup_steps=20, decay="linear",
+        "optimiser": experiment.section(experiment.Optimiser, learning_rate=2e-4, warmup_steps=20, decay="linear",
                                         final_share=0.05),
         "scale": experiment.section(experiment.Scale, steps=600, prompts_per_step=128),
         "run": experiment.section(experiment.Run, checkpoint_every=100, validate_every=100, validation_prompts=256,

@@ -142,7 +142,7 @@ def section(cls: type, **overrides: Any) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(dataclasses.asdict(cls(**overrides)))
 
 
-def parse(config: Mapping[str, Any]) -> Experiment:
+def parse(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
     """Builds the experiment that a config describes.
 
     Raises:

@@ -48,14 +48,16 @@ def evaluate(workdir: pathlib.Path) -> None:
     rollout = Rollout(group_size=_SAMPLES.value, temperature=_TEMPERATURE.value, top_p=_TOP_P.value)
     with session.host_workers(task, found[0].experiment.run.workers) as workers:
         examiner = examine.Examiner(found[0].network, task, _SPLIT.value, rollout=rollout, workers=workers)
+        results = {}
         for which, one in zip(_CHECKPOINT.value, found, strict=True):
             with rich.progress.Progress(transient=True) as bar:
                 shown = bar.add_task("evaluating", total=None)
                 result = examiner(one.policy, jax.random.key(_SEED.value), problems=_PROBLEMS.value or None,
                                   after_batch=lambda done, total: bar.update(shown, completed=done, total=total))
-            estimates = evaluation.summary(result.scores, result.failed, result.answers, [int(k) for k in _KS.value])
-            title = f"{which}: {_SPLIT.value}, step {one.step}, temperature {_TEMPERATURE.value:g}"
-            rich.console.Console().print(evaluation.table(estimates, title))
+            results[f"{which} (step {one.step})"] = estimates = evaluation.summary(
+                result.scores, result.failed, result.answers, [int(k) for k in _KS.value])
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 100)
+    console.print(evaluation.table(results, f"{task.name}, {_SPLIT.value}, temperature {_TEMPERATURE.value:g}"))
     evaluation.write(workdir, estimates)
     print(f"checkpoint {workdir / 'checkpoints' / str(one.step)}")
     print(f"report {report.write(workdir)}")

@@ -109,25 +109,28 @@ def summary(scores: Scores, failed: Failed | None = None, answers: Answers | Non
     return result | {f"count/{name}": Estimate(float(count), 0.0) for name, count in counts.items()}
 
 
-def table(estimates: Mapping[str, tuple[float, float]], title: str = "Evaluation") -> rich.table.Table:
-    """What `summary` found, for the terminal: estimates in percent, counts below; zero counts of losses are left out.
+def table(results: Mapping[str, Mapping[str, tuple[float, float]]], title: str = "Evaluation") -> rich.table.Table:
+    """Policies side by side: what `summary` found for each, in percent with standard errors, counts below.
+
+    Counts of losses that are zero everywhere are left out.
 
     Args:
-      estimates: (value, stderr) by name.
+      results: by the policy's name, estimates as (value, stderr) by name.
       title: stands above the table.
     """
     shown = rich.table.Table(title=title, title_justify="left")
     shown.add_column("estimate")
-    shown.add_column("value", justify="right")
-    shown.add_column("standard error", justify="right")
-    counts = {name: value for name, (value, _) in estimates.items() if name.startswith("count/")}
-    for name, (value, stderr) in estimates.items():
-        if name not in counts:
-            shown.add_row(name, _percent(value), _percent(stderr))
+    for policy in results:
+        shown.add_column(policy, justify="right")
+    names = list(dict.fromkeys(name for estimates in results.values() for name in estimates))
+    for name in (n for n in names if not n.startswith("count/")):
+        found = [estimates.get(name, (math.nan, math.nan)) for estimates in results.values()]
+        shown.add_row(name, *(f"{_percent(value)} ± {_percent(stderr)}" for value, stderr in found))
     shown.add_section()
-    for name, value in counts.items():
-        if value or name in ("count/problems", "count/samples"):
-            shown.add_row(_count_label(name), f"{value:.0f}", "")
+    for name in (n for n in names if n.startswith("count/")):
+        counts = [estimates.get(name, (0.0, 0.0))[0] for estimates in results.values()]
+        if any(counts) or name in ("count/problems", "count/samples"):
+            shown.add_row(_count_label(name), *(f"{count:.0f}" for count in counts))
     return shown
 
 

@@ -137,8 +137,10 @@ def test_too_few_problems_have_no_standard_error_and_all_failed_has_no_value(tmp
 def test_table_shows_percent_and_hides_empty_losses():
     console = rich.console.Console(width=100, file=None, record=True, quiet=False)
     with console.capture() as shown:
-        console.print(evaluation.table(evaluation.summary(np.array([[1.0, 0.0], [1.0, 1.0]]), ks=(1,))))
-    assert "75.0 %" in shown.get() and "25.0 %" in shown.get()
+        before = evaluation.summary(np.array([[1.0, 0.0], [0.0, 0.0]]), ks=(1,))
+        after = evaluation.summary(np.array([[1.0, 0.0], [1.0, 1.0]]), ks=(1,))
+        console.print(evaluation.table({"before": before, "after": after}))
+    assert "75.0 % ± 25.0 %" in shown.get() and "25.0 % ± 25.0 %" in shown.get()
     assert "failed" not in shown.get() and "left out" not in shown.get()
 
 
