@@ -316,13 +316,14 @@ def _check_phase(phase: Phase, run: Run, task: Task, where: str) -> None:
         _require(vars(scale)[name] >= 1, f"{where}: scale.{name}={vars(scale)[name]}: must be at least 1.")
     pieces = scale.microbatches * recipe.schedule.minibatches
     _require(scale.prompts_per_step % pieces == 0,
-             f"{where}: scale.prompts_per_step={scale.prompts_per_step} cannot be cut into {recipe.schedule.minibatches} "
-             f"minibatches x {scale.microbatches} microbatches without cutting a group: make it a multiple of {pieces}.")
+             f"{where}: scale.prompts_per_step={scale.prompts_per_step} cannot be cut into "
+             f"{recipe.schedule.minibatches} minibatches x {scale.microbatches} microbatches without cutting a group: "
+             f"make it a multiple of {pieces}.")
     _require(scale.program in PROGRAMS, f"{where}: scale.program={scale.program!r}: allowed are {PROGRAMS}.")
     pure = isinstance(task.verifier, PureVerifier)
     if scale.seeds > 1:
-        _require(pure or recipe.rollout is None, f"{where}: scale.seeds={scale.seeds} needs a task with a pure verifier, "
-                 f"and {task.name!r} scores on the host: set seeds=1 or take a toy task.")
+        _require(pure or recipe.rollout is None, f"{where}: scale.seeds={scale.seeds} needs a task with a pure "
+                 f"verifier, and {task.name!r} scores on the host: set seeds=1 or take a toy task.")
         _require(not run.validate_every, f"{where}: scale.seeds={scale.seeds} cannot be validated in the run: set "
                  "run.validate_every=0.")
     for name in ("steps", *(() if scale.steps_per_call == 1 else ("checkpoint_every", "validate_every"))):

@@ -76,7 +76,6 @@ class Recipe:
     """An algorithm. Each slot is a function of the batch `x` (`types.Experience`).
 
     Attributes:
-      curriculum: which prompts are asked next; None takes them in the stream's order.
       rollout: how answers are drawn; None learns from given answers.
       reward: x -> [N], what is made of the verifier's score.
       selection: x -> [N] bool, which answers are learned from.
@@ -88,7 +87,6 @@ class Recipe:
       name, paper, hyperparameters: written by `@recipe`.
     """
 
-    curriculum: Callable | None = None
     rollout: Rollout | None = Rollout()
     reward: Callable | None = None
     selection: Callable | None = None

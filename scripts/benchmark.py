@@ -82,8 +82,8 @@ def replicas() -> Sequence[Row]:
     version = tuple(int(part) for part in jax.__version__.split(".")[:2])
     rows = []
     for task, prompts, recipe, target in (
-            (bandit.bandit((0.0, 0.5, 1.0, 0.2)), 1, reinforce.reinforce(group_size=8), 12 if version < (0, 11) else 30),
-            (addmod.addmod(10), 8, reinforce.reinforce(group_size=8), None)):
+            (bandit.bandit((0.0, 0.5, 1.0, 0.2)), 1, reinforce.reinforce(8), 12 if version < (0, 11) else 30),
+            (addmod.addmod(10), 8, reinforce.reinforce(8), None)):
         network = Network(Shape(vocabulary=task.tokenizer.size, width=8, layers=1, heads=1, key_heads=1, head_size=8,
                                 inner=16))
         ours, other = _replica_sides(task, network, recipe, prompts, seeds=16, steps=50)

@@ -12,7 +12,7 @@ import pytest
 from rl_jax.recipe import Recipe
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-STAGES = ("curriculum", "rollout", "reward", "selection", "advantage", "loss", "weighting", "schedule")
+STAGES = ("rollout", "reward", "selection", "advantage", "loss", "weighting", "schedule")
 PURE_STAGES = tuple(stage for stage in STAGES if stage != "rollout")
 KERNEL_FILES = ("op.py", "reference.py", "forward.py", "backward.py", "blocks.py")
 VAGUE = {"utils", "util", "common", "helpers", "helper", "misc", "core", "base", "lib"}

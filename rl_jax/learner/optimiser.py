@@ -37,7 +37,8 @@ class Optimiser:
             raise ValueError(f"optimiser decay={self.decay!r}: allowed are {DECAYS}.")
         if self.learning_rate <= 0 or self.clip_norm < 0 or self.warmup_steps < 0:
             raise ValueError(f"optimiser learning_rate={self.learning_rate}, clip_norm={self.clip_norm}, "
-                             f"warmup_steps={self.warmup_steps}: learning_rate must be positive, the others not negative.")
+                             f"warmup_steps={self.warmup_steps}: learning_rate must be positive, the others not "
+                             "negative.")
 
 
 def learning_rate(numbers: Optimiser, steps: int) -> Callable:

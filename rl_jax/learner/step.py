@@ -13,6 +13,8 @@ from rl_jax.models import network as networks
 from rl_jax.models.network import Network
 from rl_jax.recipe import Recipe
 from rl_jax.rollout import decode
+from rl_jax.tasks import judge
+from rl_jax.tasks import task as tasks
 from rl_jax.types import Experience, Parameters, Prompts, Samples, TrainState, Verdict
 
 Metrics = dict[str, Array]
@@ -35,33 +37,41 @@ class Pieces:
 
 
 def initial_state(recipe: Recipe, network: Network, optimiser: optax.GradientTransformation, key: Key[Array, ""],
-                  policy: Parameters | None = None) -> TrainState:
+                  policy: Parameters | None = None, teacher: Parameters | None = None) -> TrainState:
     """The state before the first step; the key is consumed.
 
     Args:
       policy: weights to start from; fresh ones if None. The reference and the critic's body are
         copies of them.
+      teacher: weights of the teacher, for a recipe that asks for one.
+
+    Raises:
+      ValueError: if the recipe asks for a teacher and none is given.
     """
+    if "teacher" in recipe.models and teacher is None:
+        raise ValueError(f"recipe {recipe.name!r} learns from a teacher: give initial_state its weights "
+                         "(teacher=...), of the same network.")
     own, fresh = jax.random.split(key)
     policy = network.initialise(fresh) if policy is None else policy
     parameters = {"policy": policy}
     if "critic" in recipe.models:
         parameters["critic"] = networks.critic_from(network, policy)
-    frozen = {role: jax.tree.map(jnp.copy, policy) for role in ("reference", "teacher") if role in recipe.models}
+    given = {"reference": policy, "teacher": teacher}
+    frozen = {role: jax.tree.map(jnp.copy, weights) for role, weights in given.items() if role in recipe.models}
     control = {name: one.init() for name, one in recipe.schedule.controls.items()}
     zero = jnp.zeros((), jnp.int32)
     return TrainState(step=zero, key=own, parameters=parameters, optimiser=optimiser.init(parameters), frozen=frozen,
                       control=control, skipped=jnp.zeros((), jnp.int32))
 
 
-def make_pieces(recipe: Recipe, task: Any, network: Network, optimiser: optax.GradientTransformation,
-                judge: collect.Judge, *, microbatches: int = 1, axis: str | None = None,
+def make_pieces(recipe: Recipe, task: tasks.Task, network: Network, optimiser: optax.GradientTransformation,
+                verdict: collect.Judge | None, *, microbatches: int = 1, axis: str | None = None,
                 learning_rate: Callable[[Array], Array] | None = None) -> Pieces:
     """The draw-and-judge half and the learning half of a step.
 
     Args:
-      task: a `tasks.task.Task`; its tokenizer's end and pad ids and its completion length are read.
-      judge: (prompts, samples) -> Verdict, from `tasks.judge`.
+      task: its tokenizer's end and pad ids and its completion length are read.
+      verdict: (prompts, samples) -> Verdict, from `tasks.judge`.
       axis: name of the vmap axis over replicas, if there is one.
       learning_rate: the optimiser's schedule, for the metrics.
     """
@@ -74,7 +84,7 @@ def make_pieces(recipe: Recipe, task: Any, network: Network, optimiser: optax.Gr
                              "give a positive one (1.0 samples the policy itself).")
         draw = decode.make_rollout(network, recipe.rollout, completion_length=task.completion_length,
                                    end_id=task.tokenizer.end_id, pad_id=task.tokenizer.pad_id, axis=axis)
-        ask = collect.make_collect(recipe, draw, judge, axis)
+        ask = collect.make_collect(recipe, draw, verdict, axis)
     policy_of = evaluate.make_evaluate(network, temperature)
     passes = update.make_passes(recipe, policy_of, optimiser, microbatches)
 
@@ -122,9 +132,24 @@ def given_answers(parameters: Parameters, prompts: Prompts, uniforms: Array,
     return prompts, samples, verdict, {}
 
 
-def make_step(pieces: Pieces, *, steps_per_call: int = 1, seeds: int = 1,
-              shown_groups: int | None = None) -> Callable[..., tuple[TrainState, Metrics, Experience]]:
-    """Returns step(state, prompts) -> (state, metrics, experience): everything in one program.
+def make_step(recipe: Recipe, task: tasks.Task, network: Network, optimiser: optax.GradientTransformation,
+              mesh: jax.sharding.Mesh | None = None, *, workers: judge.Scorer | None = None, microbatches: int = 1):
+    """Returns step(state, prompts) -> (state, metrics, experience): one jitted program with donated state.
+
+    Prefill, group rollout, reward, reference, old and critic passes, advantages, epochs and
+    minibatches, optimiser. Start from `initial_state`; prompts come from `tasks.stream`.
+
+    Args:
+      mesh: the devices that the batch is sharded over; None for one.
+      workers: where a host verifier runs; not read for a pure one.
+    """
+    verdict = judge.make_judge(task, "train", workers=workers, mesh=mesh)
+    return jax.jit(composed(make_pieces(recipe, task, network, optimiser, verdict, microbatches=microbatches)),
+                   donate_argnums=0)
+
+
+def composed(pieces: Pieces, *, steps_per_call: int = 1, seeds: int = 1, shown_groups: int | None = None):
+    """Returns step(state, prompts) -> (state, metrics, experience), not compiled yet.
 
     Args:
       steps_per_call: K steps in one dispatch. With K > 1 `prompts` and all results but the
@@ -164,12 +189,13 @@ def _packed(metrics: Metrics) -> Array:
 
 
 def make_draw(pieces: Pieces) -> Callable[..., Samples]:
-    """The first of two programs: draw(parameters, key, prompts, index) -> samples of batch `index`."""
-    def draw(parameters: Parameters, key: Array, prompts: Prompts, index: Array) -> Samples:
-        version = jnp.maximum(index - 1, 0)  # the batch before is still being scored, and not learned from
-        uniforms = pieces.uniforms(key, index, prompts.lengths.shape[0])
-        _, samples, _, _ = pieces.ask(parameters["policy"], prompts, uniforms, version)
-        return samples
+    """The first of two programs: draw(parameters, key, prompts, index, version) -> samples of batch `index`.
+
+    `version` is the number of steps that the weights have learned from.
+    """
+    def draw(parameters: Parameters, key: Array, prompts: Prompts, index: Array, version: Array) -> Samples:
+        numbers = pieces.uniforms(key, index, prompts.lengths.shape[0])
+        return pieces.ask(parameters["policy"], prompts, numbers, version)[1]
 
     return draw
 

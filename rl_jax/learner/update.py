@@ -94,7 +94,8 @@ def cut(tree: Any, parts: int) -> Any:
     return jax.tree.map(lambda a: a.reshape(parts, a.shape[0] // parts, *a.shape[1:]), tree)
 
 
-def make_update(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTransformation, microbatches: int = 1) -> Callable[..., Any]:
+def make_update(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTransformation,
+                microbatches: int = 1) -> Callable[..., Any]:
     """Returns update(parameters, optimiser_state, x) -> (parameters, optimiser_state, metrics): one optimiser step.
 
     x has been through `assemble.with_advantage`. A gradient that is not finite changes nothing
@@ -118,7 +119,8 @@ def make_update(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTra
     return update
 
 
-def make_passes(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTransformation, microbatches: int = 1) -> Callable[..., Any]:
+def make_passes(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTransformation,
+                microbatches: int = 1) -> Callable[..., Any]:
     """Returns passes(parameters, optimiser_state, x, key): all epochs and minibatches over one batch.
 
     The prompts are dealt to minibatches anew for each epoch (the key is consumed); groups stay whole. Weights

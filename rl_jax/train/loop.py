@@ -23,7 +23,8 @@ class Tick:
 
     Attributes:
       done: steps of this phase.
-      state: after them. It is donated to the next dispatch: use it before the next tick.
+      state: after them. It is donated to the next dispatch: use it before the next tick, and set it to None
+        in a tick that is kept longer.
       metrics: on the device; with a leading axis where a dispatch makes several steps, behind one of
         replicas where there are several.
       experience: of the first groups of the batch, on the device, with the same leading axes.
@@ -32,7 +33,7 @@ class Tick:
     """
 
     done: int
-    state: TrainState
+    state: TrainState | None
     metrics: dict[str, Array]
     experience: Experience
     data: dict[str, Any]
@@ -40,7 +41,7 @@ class Tick:
 
 
 class PhaseLoop:
-    """The compiled programs of one phase, and the ticks that they make."""
+    """The compiled programs of one phase, by name in `compiled`, and the ticks that they make."""
 
     def __init__(self, phase: Phase, task: tasks.Task, network: Network, *, workers: Any = None,
                  shown_groups: int | None = None, mesh: jax.sharding.Mesh | None = None):
@@ -65,7 +66,7 @@ class PhaseLoop:
             axis=step.SEED_AXIS if scale.seeds > 1 else None,
             learning_rate=optimiser.learning_rate(numbers, phase.updates))
         self._shown = shown_groups
-        self._compiled: dict[str, Callable] = {}
+        self.compiled: dict[str, Any] = {}
 
     def stream(self, seed: int) -> Stream:
         """The phase's prompts, at their beginning."""
@@ -93,22 +94,22 @@ class PhaseLoop:
         Args:
           state, prompts: arrays or shapes of one dispatch.
         """
-        if self._compiled:
-            return self._compiled
+        if self.compiled:
+            return self.compiled
         scale = self.phase.scale
         if scale.program == "one":
-            program = step.make_step(self.pieces, steps_per_call=scale.steps_per_call, seeds=scale.seeds,
+            program = step.composed(self.pieces, steps_per_call=scale.steps_per_call, seeds=scale.seeds,
                                      shown_groups=self._shown)
-            self._compiled["step"] = jax.jit(program, donate_argnums=0).lower(state, prompts).compile()
-            return self._compiled
+            self.compiled["step"] = jax.jit(program, donate_argnums=0).lower(state, prompts).compile()
+            return self.compiled
         draw, index = step.make_draw(self.pieces), jax.ShapeDtypeStruct((), jnp.int32)
-        lowered = jax.jit(draw).lower(state.parameters, state.key, prompts, index)
-        self._compiled["draw"] = lowered.compile()
-        samples = jax.eval_shape(draw, state.parameters, state.key, prompts, index)
+        lowered = jax.jit(draw).lower(state.parameters, state.key, prompts, index, index)
+        self.compiled["draw"] = lowered.compile()
+        samples = jax.eval_shape(draw, state.parameters, state.key, prompts, index, index)
         blank = jax.eval_shape(no_verdict(self.task), prompts, samples)
         learn = step.make_learn(self.pieces, self._shown)
-        self._compiled["learn"] = jax.jit(learn, donate_argnums=0).lower(state, prompts, samples, blank).compile()
-        return self._compiled
+        self.compiled["learn"] = jax.jit(learn, donate_argnums=0).lower(state, prompts, samples, blank).compile()
+        return self.compiled
 
     def ticks(self, state: TrainState, stream: Stream, *, done: int = 0, pending: Any = None) -> Iterator[Tick]:
         """Goes on from `done` steps to the end of the phase.
@@ -131,7 +132,8 @@ class PhaseLoop:
     def _two(self, state: TrainState, stream: Stream, done: int, pending: Any) -> Iterator[Tick]:
         def drawn(prompts, index):
             program = self.prepare(state, prompts)["draw"]
-            return prompts, program(state.parameters, state.key, prompts, jax.device_put(np.int32(index)))
+            index = jax.device_put(np.int32(index))
+            return prompts, program(state.parameters, state.key, prompts, index, state.step)
 
         pending = drawn(jax.device_put(next(stream)), 0) if pending is None else pending
         while done < self.phase.scale.steps:

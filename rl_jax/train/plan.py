@@ -55,7 +55,7 @@ def needed_bytes(loop: PhaseLoop) -> int:
         return (analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
                 - analysis.alias_size_in_bytes)
 
-    return max(total(program.memory_analysis()) for program in loop.prepare(None, None).values())
+    return max(total(program.memory_analysis()) for program in loop.compiled.values())
 
 
 def check_memory(loop: PhaseLoop) -> None:

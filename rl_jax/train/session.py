@@ -195,7 +195,8 @@ class Session:
         if at["pending"]:
             prompts = jax.tree.map(_shape, one.stream(0).__next__())
             draw = steps.make_draw(one.pieces)
-            samples = jax.eval_shape(draw, like.parameters, like.key, prompts, jax.ShapeDtypeStruct((), np.int32))
+            number = jax.ShapeDtypeStruct((), np.int32)
+            samples = jax.eval_shape(draw, like.parameters, like.key, prompts, number, number)
             pending = self._saved.restore_pending(latest, (prompts, samples))
         return state, at["done"], pending
 
@@ -208,7 +209,8 @@ class Session:
         compiled_s = time.monotonic() - began
         plan.check_memory(one)
         found = plan.rows(one, *shapes)
-        self.console.print(plan.table(found, f"{self.names[index]}: {scale.steps} steps, compiled in {compiled_s:.1f} s"))
+        title = f"{self.names[index]}: {scale.steps} steps, compiled in {compiled_s:.1f} s"
+        self.console.print(plan.table(found, title))
         path = self.workdir / "plan.json"
         known = json.loads(path.read_text()) if path.exists() else []
         known = [row for row in known if row["run_phase"] != self.names[index]]
@@ -266,7 +268,10 @@ class Session:
     def _write_rollouts(self, step: int, index: int, x: Any) -> None:
         task = self.experiment.task
         prompts = [task.splits["train"][int(i)].text for i in x.prompts.example]
-        texts = judge.texts_of(task.tokenizer, x.tokens, x.mask | x.failed[:, None])
+        # x.mask leaves out answers that are not learned from; a person wants to read those too
+        drawn = judge.drawn_mask(x.tokens, task.tokenizer.end_id)
+        texts = judge.texts_of(task.tokenizer, x.tokens, drawn)
+        x = dataclasses.replace(x, mask=drawn)
         self._writer.rollouts(step, self.names[index], metrics.rollout_rows(
             x, prompts, texts, groups=self.experiment.run.shown_groups))
 

@@ -199,10 +199,9 @@ def not_finite(parsed, when):
     return dataclasses.replace(parsed, phases=(dataclasses.replace(phase, recipe=recipe),))
 
 
-@pytest.mark.parametrize("scale", [{}, {"seeds": 3}, {"steps_per_call": 2, "seeds": 2}], ids=str)
-def test_a_run_without_a_finite_gradient_stops(tmp_path, scale):
+def test_a_run_without_a_finite_gradient_stops(tmp_path):
     """After so many steps in a row, counted per replica; the weights are those before them."""
-    parsed = not_finite(experiment.parse(tiny.config(steps=20, stop_after_skips=4, **scale)), when=4)
+    parsed = not_finite(experiment.parse(tiny.config(steps=20, stop_after_skips=4, steps_per_call=2, seeds=3)), when=4)
     console = session.rich.console.Console(file=open(tmp_path / "said", "w"))
     with console.file, pytest.raises(FloatingPointError, match="4 steps in a row had no finite gradient.*learning rate"):
         session.Session(parsed, tmp_path, console=console).go()
