@@ -12,11 +12,11 @@ from rl_jax import experiment
 
 def get_config(recipe: str = "baselines.grpo") -> ml_collections.ConfigDict:
     """The config, with the recipe's own arguments filled in."""
-    changed = {"beta": 0.0} if recipe == "baselines.grpo" else {}
+    changed = {"beta": 0.0, "minibatches": 4} if recipe == "baselines.grpo" else {}
     warm_start = ml_collections.ConfigDict({
         "recipe": experiment.recipe_section("baselines.sft"),
         "optimiser": experiment.section(experiment.Optimiser, learning_rate=1e-3, warmup_steps=20, decay="cosine"),
-        "scale": experiment.section(experiment.Scale, steps=300, prompts_per_step=128),
+        "scale": experiment.section(experiment.Scale, steps=315, prompts_per_step=128),
     })
     config = ml_collections.ConfigDict({
         "task": experiment.task_section(
@@ -26,8 +26,8 @@ def get_config(recipe: str = "baselines.grpo") -> ml_collections.ConfigDict:
         "model": experiment.model_section(width=128, layers=3, heads=4, key_heads=2, head_size=32, inner=384),
         "before": (warm_start,),
         "recipe": experiment.recipe_section(recipe, **changed),
-        "optimiser": experiment.section(experiment.Optimiser, learning_rate=2e-4, warmup_steps=20, decay="linear",
-                                        final_share=0.05),
+        "optimiser": experiment.section(experiment.Optimiser, learning_rate=1.5e-4, warmup_steps=20, decay="linear",
+                                        final_share=0.05, beta2=0.99),
         "scale": experiment.section(experiment.Scale, steps=600, prompts_per_step=128),
         "run": experiment.section(experiment.Run, checkpoint_every=100, validate_every=100, validation_prompts=256,
                                   validation_samples=4),

@@ -1,6 +1,7 @@
 """Measurements that anyone can rerun; every speed claim of this repository is a row printed here.
 
 python scripts/benchmark.py replicas   seeds=16 with steps_per_call=50 against 16 runs of single steps
+python scripts/benchmark.py programs   two programs with the host scoring in between, against one with a callback
 """
 # workers of a host verifier import this file: heavy imports stay inside the functions
 import dataclasses
@@ -39,7 +40,7 @@ def main(arguments: list[str]) -> None:
     import rich.table
 
     logging.set_verbosity(logging.WARNING)
-    benchmarks = {"replicas": replicas}
+    benchmarks = {"replicas": replicas, "programs": programs}
     if len(arguments) != 2 or arguments[1] not in benchmarks:
         sys.exit(f"usage: benchmark.py {{{','.join(benchmarks)}}}")
     device = jax.devices()[0]
@@ -113,6 +114,35 @@ def _replica_sides(task, network, recipe, prompts, *, seeds, steps):
         jax.block_until_ready((tick.state, tick.metrics))
 
     return lambda: run(wide, 1), lambda: run(narrow, seeds * steps)
+
+
+def programs() -> Sequence[Row]:
+    """Seconds per step of the quickstart's GRPO phase in the two-program mode, against the one-program mode."""
+    import dataclasses as dc
+
+    import jax
+
+    from configs import quickstart
+    from rl_jax import experiment
+    from rl_jax.models.network import Network
+    from rl_jax.train import loop, session
+
+    parsed = experiment.parse(quickstart.get_config())
+    phase, network = parsed.phases[-1], Network(parsed.shape)
+    with session.host_workers(parsed.task, parsed.run.workers) as workers:
+        def ticks(program):
+            endless = dc.replace(phase, scale=dc.replace(phase.scale, program=program, steps=10_000_000))
+            one = loop.PhaseLoop(endless, parsed.task, network, workers=workers, shown_groups=1)
+            return one.ticks(one.initial_state(jax.random.key(0)), one.stream(0))
+
+        def run(side):
+            for _ in range(10):
+                tick = next(side)
+            jax.block_until_ready((tick.state, tick.metrics))
+
+        split, one = ticks("split"), ticks("one")
+        ours, other = alternating(lambda: run(split), lambda: run(one))
+    return [Row("chain_sum, 128 x 8 answers, host verifier: split", ours / 10, other / 10)]
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def main(_: list[str]) -> None:
 def sample() -> None:
     """The completions of one prompt, numbers of the distribution that drew them (greedy: certain, so 0)."""
     import jax
-    import numpy as np
+    import jax.numpy as jnp
     import rich.console
     import rich.table
 
@@ -55,7 +55,7 @@ def sample() -> None:
                                        end_id=tokenizer.end_id, pad_id=tokenizer.pad_id))
     uniforms = decode.make_uniforms(jax.random.key(_SEED.value), 1, _SAMPLES.value, task.completion_length)
     samples = jax.device_get(draw(found.policy, jax.device_put(stream.batch(task, [example])), uniforms,
-                                  np.int32(found.step)))
+                                  jnp.asarray(found.step, jnp.int32)))
     table = rich.table.Table(title=f"{example.text!r} (step {found.step})", title_justify="left")
     for name in ("completion", "tokens", "ended", "log-probability", "entropy per token"):
         table.add_column(name, justify="left" if name == "completion" else "right")

@@ -41,7 +41,7 @@ def start() -> None:
     flags.mark_flags_as_required(["config", "workdir"])
     try:
         app.run(main)
-    except AttributeError:
+    except (AttributeError, LookupError, TypeError):  # what ml_collections answers such an override with
         from rl_jax import experiment
 
         arguments = argparse.ArgumentParser(allow_abbrev=False)

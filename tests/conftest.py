@@ -2,6 +2,7 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # the suite compiles more than it computes
 
 import jax  # noqa: E402  (after the choice of platform)
 

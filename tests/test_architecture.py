@@ -18,6 +18,8 @@ KERNEL_FILES = ("op.py", "reference.py", "forward.py", "backward.py", "blocks.py
 VAGUE = {"utils", "util", "common", "helpers", "helper", "misc", "core", "base", "lib"}
 
 # Who may import which modules of this repository, by the longest prefix that fits; a name covers what is under it.
+LEARNER = ("rl_jax.learner", "rl_jax.models", "rl_jax.rollout", "rl_jax.recipe", "rl_jax.types", "rl_jax.masked",
+           "kernels_pallas")
 MAY_IMPORT = {
     "kernels_pallas": ("kernels_pallas",),
     "rl_jax.record": (),
@@ -28,8 +30,8 @@ MAY_IMPORT = {
        for stage in PURE_STAGES},
     "rl_jax.rollout": ("rl_jax.rollout", "rl_jax.models", "rl_jax.recipe", "rl_jax.types", "kernels_pallas"),
     "rl_jax.models": ("rl_jax.models", "rl_jax.types", "kernels_pallas"),
-    "rl_jax.learner": ("rl_jax.learner", "rl_jax.models", "rl_jax.rollout", "rl_jax.recipe", "rl_jax.types",
-                       "rl_jax.masked", "kernels_pallas"),
+    "rl_jax.learner": LEARNER,
+    "rl_jax.learner.step": (*LEARNER, "rl_jax.tasks.judge", "rl_jax.tasks.task"),  # make_step takes a whole task
     "rl_jax.recipes": ("rl_jax.recipe", "rl_jax.masked", *(f"rl_jax.{stage}" for stage in PURE_STAGES)),
     "rl_jax.tasks": ("rl_jax.tasks", "rl_jax.reward", "rl_jax.types"),
     "rl_jax.experiment": ("rl_jax.learner.optimiser", "rl_jax.models.transformer", "rl_jax.recipe",

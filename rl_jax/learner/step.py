@@ -133,7 +133,8 @@ def given_answers(parameters: Parameters, prompts: Prompts, uniforms: Array,
 
 
 def make_step(recipe: Recipe, task: tasks.Task, network: Network, optimiser: optax.GradientTransformation,
-              mesh: jax.sharding.Mesh | None = None, *, workers: judge.Scorer | None = None, microbatches: int = 1):
+              mesh: jax.sharding.Mesh | None = None, *, workers: judge.Scorer | None = None,
+              microbatches: int = 1) -> Callable[[TrainState, Prompts], tuple[TrainState, Metrics, Experience]]:
     """Returns step(state, prompts) -> (state, metrics, experience): one jitted program with donated state.
 
     Prefill, group rollout, reward, reference, old and critic passes, advantages, epochs and
@@ -148,7 +149,8 @@ def make_step(recipe: Recipe, task: tasks.Task, network: Network, optimiser: opt
                    donate_argnums=0)
 
 
-def composed(pieces: Pieces, *, steps_per_call: int = 1, seeds: int = 1, shown_groups: int | None = None):
+def composed(pieces: Pieces, *, steps_per_call: int = 1, seeds: int = 1,
+             shown_groups: int | None = None) -> Callable[..., tuple[TrainState, Metrics, Experience]]:
     """Returns step(state, prompts) -> (state, metrics, experience), not compiled yet.
 
     Args:

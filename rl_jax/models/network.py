@@ -1,5 +1,6 @@
 """A network as pure functions of its parameters: `nnx.split` once, arrays from then on."""
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ class Network:
 
     shape: transformer.Shape
 
-    @property
+    @functools.cached_property
     def _graph(self) -> nnx.GraphDef:
         return nnx.split(nnx.eval_shape(lambda: transformer.Transformer(self.shape, rngs=nnx.Rngs(0))))[0]
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
@@ -52,7 +53,7 @@ class Examiner:
 
         def ask(parameters, prompts, key):
             numbers = decode.make_uniforms(key, prompts.lengths.shape[0], rollout.group_size, task.completion_length)
-            samples = draw(parameters, prompts, numbers, np.int32(0))
+            samples = draw(parameters, prompts, numbers, jnp.zeros((), jnp.int32))
             return samples, judge.pure(task.verifier)(prompts, samples) if pure else None
 
         self._ask = jax.jit(ask)

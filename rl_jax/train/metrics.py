@@ -179,7 +179,7 @@ class Writer:
 
 
 def rollout_rows(x: types.Experience, prompts: Sequence[str], completions: Sequence[str], *,
-                 groups: int = 4) -> list[dict[str, Any]]:
+                 drawn: np.ndarray | None = None, groups: int = 4) -> list[dict[str, Any]]:
     """The first `groups` groups of a batch as rows for `Writer.rollouts`.
 
     Per answer: its text and its prompt's, score, reward and reward parts, advantage (mean over the
@@ -190,6 +190,8 @@ def rollout_rows(x: types.Experience, prompts: Sequence[str], completions: Seque
       x: the batch, in host memory.
       prompts: P prompts as text; each has N / P samples, prompt-major.
       completions: N answers as text.
+      drawn: [N, T], the tokens of those answers; None takes the batch's mask, which leaves out answers that
+        are not learned from.
       groups: how many prompts to keep.
 
     Raises:
@@ -200,7 +202,7 @@ def rollout_rows(x: types.Experience, prompts: Sequence[str], completions: Seque
         raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions for a batch of {total} sequences: "
                          "there must be one completion per sequence and the same number of sequences per prompt.")
     size = total // len(prompts)
-    mask = np.asarray(x.mask)
+    mask = np.asarray(x.mask if drawn is None else drawn)
     tokens = mask.sum(axis=1)
     summed = {"logp": np.sum(np.asarray(x.rollout_logp, np.float64), axis=1, where=mask),
               "entropy": np.sum(np.asarray(x.rollout_entropy, np.float64), axis=1, where=mask)}

@@ -271,9 +271,8 @@ class Session:
         # x.mask leaves out answers that are not learned from; a person wants to read those too
         drawn = judge.drawn_mask(x.tokens, task.tokenizer.end_id)
         texts = judge.texts_of(task.tokenizer, x.tokens, drawn)
-        x = dataclasses.replace(x, mask=drawn)
         self._writer.rollouts(step, self.names[index], metrics.rollout_rows(
-            x, prompts, texts, groups=self.experiment.run.shown_groups))
+            x, prompts, texts, drawn=drawn, groups=self.experiment.run.shown_groups))
 
     def _check_learning(self, values: dict[str, Any], phase: Phase) -> None:
         scale = phase.scale

@@ -59,7 +59,7 @@ def hidden(shape: Shape, parameters, tokens, xp=np):
 
 def logp(shape: Shape, parameters, prompt, completion, xp=np, temperature=1.0):
     """Log-probability of every token of the vocabulary at each position of the completion, [T, V]."""
-    tokens = np.concatenate([prompt, completion])
+    tokens = xp.concatenate([prompt, completion])
     matrix = parameters["embedding"] if shape.tied else parameters["head"]
     states = hidden(shape, parameters, tokens, xp)[len(prompt) - 1:len(tokens) - 1]
     logits = states @ matrix.T / temperature

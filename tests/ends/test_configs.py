@@ -1,0 +1,84 @@
+"""Every config under configs/: it says what it needs, builds, and at toy size runs, saves and resumes bit-equal."""
+import ast
+import importlib.util
+import pathlib
+
+import pytest
+
+from rl_jax import experiment
+from tests.ends import tiny
+
+FILES = sorted(path for path in (tiny.ROOT / "configs").rglob("*.py") if path.name != "__init__.py")
+PARTS = ("Command:", "Hardware:", "Time:", "Result:")
+SMALL = {"gsm8k": {"path": "tests/ends/gsm8k", "prompt_length": 64, "completion_length": 24, "validation_size": 1}}
+
+
+def name_of(path):
+    return str(path.relative_to(tiny.ROOT))
+
+
+def loaded(path):
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_it_says_what_it_is_needs_and_gives(path):
+    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    first, *_ = docstring.splitlines()
+    assert first and not first.startswith(PARTS), "the first line says what it is"
+    lines = [line for line in docstring.splitlines() if line.startswith(PARTS)]
+    assert [line.split(" ", 1)[0] for line in lines] == list(PARTS)
+    assert all(len(line.split(" ", 1)) == 2 for line in lines)
+    assert name_of(path) in lines[0] and "--workdir=" in lines[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_it_builds_and_is_locked(path):
+    config = loaded(path)
+    assert config.is_locked
+    assert set(config) <= set(experiment.SECTIONS)
+    for section in (config.model, config.optimiser, config.scale, config.run):
+        assert len(section) <= 10
+    experiment.parse(config)
+
+
+def shrunk(config):
+    """Next to nothing of everything, the same task, recipes, schedules and programs."""
+    for phase in (*config.get("before", ()), config):
+        scale, args = phase.scale, phase.recipe.args
+        scale.steps = 4 if phase is config else 2
+        pieces = args.get("minibatches", 1)
+        scale.prompts_per_step, scale.microbatches, scale.steps_per_call = 2 * pieces, 1, 1
+        if "group_size" in args:
+            args.group_size = 2
+        phase.optimiser.warmup_steps = min(phase.optimiser.warmup_steps, 1)
+    model, args = config.model, config.task.args
+    model.width, model.layers, model.heads, model.key_heads, model.head_size, model.inner = 16, 1, 2, 1, 8, 32
+    for name, value in SMALL.get(config.task.name, {}).items():
+        args[name] = value
+    for name in ("train_size", "validation_size", "held_out_size"):
+        if name in args and config.task.name not in SMALL:
+            args[name] = min(args[name], 16)
+    run = config.run
+    run.checkpoint_every, run.validation_prompts, run.validation_samples, run.workers = 3, 2, 2, 1
+    run.validate_every = min(run.validate_every, 3)
+    run.trackers = ()
+    return config
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_at_toy_size_it_runs_saves_and_resumes_bit_equal(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny.ROOT)
+    config = shrunk(loaded(path))
+    whole, _ = tiny.train(tmp_path / "whole", config)
+    assert whole.step >= 4 and whole.checkpoint.is_dir() and whole.report.is_file()
+    with tiny.stopped_after(whole.step - 2):
+        stopped, _ = tiny.train(tmp_path / "stopped", config)
+    assert stopped.interrupted and 3 <= stopped.step < whole.step
+    again, _ = tiny.train(tmp_path / "stopped", config)
+    assert again.step == whole.step
+    assert tiny.bits(again.policy) == tiny.bits(whole.policy)
+    assert tiny.left_behind(tmp_path / "stopped") == tiny.left_behind(tmp_path / "whole")
