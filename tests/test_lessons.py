@@ -21,7 +21,7 @@ from rl_jax.recipes.loss import dapo_decoupled_clip
 from rl_jax.reward import length
 from rl_jax.rollout import decode
 from rl_jax.selection import outcome
-from rl_jax.tasks import judge, reasoning_gym, tokenizer
+from rl_jax.tasks import generators, judge, reasoning_gym, tokenizer
 from rl_jax.tasks.stream import Stream
 from rl_jax.tasks.task import PureVerifier
 from rl_jax.tasks.toys import addmod, token_tree
@@ -56,6 +56,11 @@ def scored(score, failed=None):
     return Verdict(score=score, parts={}, failed=jnp.zeros(score.shape, bool) if failed is None else jnp.asarray(failed))
 
 
+def undecided(network):
+    """Weights of a policy to which every token is equally probable."""
+    return jax.tree.map(lambda a: jnp.zeros(a.shape), jax.eval_shape(network.initialise, jax.random.key(0)))
+
+
 @pytest.fixture(scope="module")
 def one_question():
     """A run on a task with a single question, so that every step asks the same."""
@@ -63,7 +68,7 @@ def one_question():
 
 
 def test_a_fixed_key_for_every_rollout_is_never_used(one_question):
-    state = one_question.initial_state(jax.random.key(0))
+    state = one_question.initial_state(jax.random.key(0), undecided(one_question.network))
     drawn = [np.asarray(tick.experience.tokens) for tick in one_question.ticks(state, one_question.stream(0))]
     for i, tokens in enumerate(drawn):
         first, second = np.split(tokens, 2)  # two prompts that are the same one
@@ -134,7 +139,7 @@ def test_overlong_penalties_count_tokens_not_characters():
 def test_eos_is_a_chosen_token_and_keeps_its_loss(pad):
     """Also where padding shares its id. Uniform policy: the random number (i + 1/2) / V draws token i."""
     network = tiny.network(TASK)
-    policy = jax.tree.map(lambda a: jnp.zeros(a.shape), jax.eval_shape(network.initialise, jax.random.key(0)))
+    policy = undecided(network)
     script = jnp.array([[[3, END, 5, 5], [END, 4, 4, 4]], [[2, 2, 2, 2], [2, 2, 2, END]]])
     draw = decode.make_rollout(network, Rollout(G), completion_length=T, end_id=END, pad_id=pad)
     drawn = jax.jit(draw)(policy, tiny.prompts(TASK, P), (script + 0.5) / V, jnp.int32(0))
@@ -205,7 +210,7 @@ def test_means_never_run_over_microbatches():
 
 
 def test_truncated_sampling_changes_the_behaviour_log_probability():
-    """Uniform policy, top-p 0.9 after a ranking by hand: with 3 of V tokens left, log 1/3 and not log 1/V."""
+    """What is recorded is the trainer's log-probability among the kept tokens, above the plain one by the mass cut."""
     network, rollout = tiny.network(TASK), Rollout(G, top_k=3)
     policy = network.initialise(jax.random.key(0))
     draw = decode.make_rollout(network, rollout, completion_length=T, end_id=END, pad_id=0)
@@ -223,8 +228,6 @@ def test_truncated_sampling_changes_the_behaviour_log_probability():
     mask = np.asarray(x.mask)
     np.testing.assert_allclose(np.asarray(x.rollout_logp)[mask], np.asarray(truncated)[mask], atol=1e-4)
     assert (np.asarray(x.rollout_logp) - np.asarray(plain))[mask].min() > 0.01
-    uniform = jax.tree.map(jnp.zeros_like, policy)
-    np.testing.assert_allclose(np.asarray(both(uniform)[0].rollout_logp)[mask[:, :1].nonzero()[0], 0], -np.log(V), rtol=1e-6)
 
 
 def test_a_verifiers_failure_is_not_a_zero_reward():
@@ -303,7 +306,6 @@ def test_held_out_data_is_really_held_out():
     for one, other in (("train", "held_out"), ("train", "validation"), ("validation", "held_out")):
         assert not set(texts[one]) & set(texts[other])
     assert "left out" in task.report and "train 40 of 40" in task.report
-    from rl_jax.tasks import generators
     near = [[generators.dataset("chain_sum", options, seed=seed, size=20)[i]["question"] for i in range(20)] for seed in (0, 5)]
     assert len(set(near[0]) & set(near[1])) >= 15
 

@@ -221,18 +221,21 @@ class Session:
 
     def _ticks(self, one: loop.PhaseLoop, index: int, offset: int, state: Any, stream: Any, done: int, pending: Any):
         run, phase, unwritten, tick = self.experiment.run, one.phase, None, None
+
         def due(every):
             return every > 0 and number // every > (number - phase.scale.steps_per_call) // every
 
         for tick in one.ticks(state, stream, done=done, pending=pending):
+            # a backend that works while it dispatches has finished by now, any other when its numbers can be read
+            finished = time.monotonic() if tick.metrics["gradient/norm"].is_ready() else None
             if unwritten is not None:  # reading metrics waits for the device: it is busy with this tick meanwhile
-                self._write(unwritten, index, offset, phase)
-            unwritten = _light(tick)
+                self._write(*unwritten, index, offset, phase)
+            unwritten = _light(tick), finished
             number, asked = offset + tick.done, self._interrupt.asked  # read once: a signal may come at any line
             last = tick.done == phase.scale.steps
             validate = run.validate_every > 0 and (due(run.validate_every) or last)
             if last or asked or validate or due(run.checkpoint_every):
-                self._write(unwritten, index, offset, phase)
+                self._write(*unwritten, index, offset, phase)
                 unwritten = None
                 score = self._validate(tick, index, number) if validate else checkpoint.NOT_VALIDATED
                 cursor = {"phase": index, "done": tick.done, "data": tick.data, "pending": tick.pending is not None}
@@ -242,10 +245,10 @@ class Session:
                 break
         return tick.state, tick.done
 
-    def _write(self, tick: loop.Tick, index: int, offset: int, phase: Phase) -> None:
+    def _write(self, tick: loop.Tick, finished: float | None, index: int, offset: int, phase: Phase) -> None:
         """Waits for a tick's numbers and writes a line per step; stops the run that has stopped learning."""
         values = jax.device_get(tick.metrics)
-        now = time.monotonic()
+        now = finished or time.monotonic()
         per_call = phase.scale.steps_per_call
         seconds, self._last_time = (now - self._last_time) / per_call, now
         x = None

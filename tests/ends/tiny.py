@@ -25,11 +25,16 @@ NETWORK = {"width": 16, "layers": 1, "heads": 2, "key_heads": 1, "head_size": 8,
 CACHE_OPTIONS = {"jax_persistent_cache_min_compile_time_secs": 0, "jax_persistent_cache_min_entry_size_bytes": 0}
 
 
-def config(task: str = "toys.addmod", recipe: str = "baselines.rloo", *, task_args: dict = {}, recipe_args: dict = {},
+def config(task: str = "toys.addmod", recipe: str = "baselines.reinforce", *, task_args: dict = {}, recipe_args: dict = {},
            warm_start: int = 0, run: dict = {}, optimiser: dict = {}, **scale: Any) -> ml_collections.ConfigDict:
-    """A locked config of the six sections; `warm_start` steps of SFT come first, where there are any."""
+    """A locked config of the six sections; `warm_start` steps of SFT come first, where there are any.
+
+    The default recipe has a gradient in every step, whatever the answers are worth.
+    """
     sizes = {"steps": 4, "prompts_per_step": 4}
-    arguments = {"group_size": 2} if recipe in ("baselines.rloo", "baselines.grpo", "loss.dapo_decoupled_clip") else {}
+    arguments = {} if recipe in ("baselines.sft", "baselines.ppo") else {"group_size": 2}
+    if recipe == "baselines.reinforce":
+        arguments["baseline"] = 0.5  # so that there is something to learn before the first right answer
 
     def phase(recipe, recipe_args, **scale):
         return {"recipe": experiment.recipe_section(recipe, **recipe_args),

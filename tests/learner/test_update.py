@@ -31,10 +31,12 @@ RECIPE = Recipe(rollout=Rollout(G), advantage=lambda x: group.leave_one_out(x.re
 OPTIMISER = optax.adam(0.05)
 
 
+RECIPES = {"group": RECIPE, "grpo": grpo.grpo(G), "alone": replace(RECIPE, rollout=Rollout(1))}
+
+
 @functools.cache
 def batch(name="group"):
-    recipe = RECIPE if name == "group" else grpo.grpo(G)
-    return assemble.with_advantage(recipe, toy.experience(recipe))
+    return assemble.with_advantage(RECIPES[name], toy.experience(RECIPES[name]))
 
 
 def updated(recipe, x, microbatches=1):
@@ -42,13 +44,12 @@ def updated(recipe, x, microbatches=1):
     return jax.jit(update.make_update(recipe, toy.evaluate, OPTIMISER, microbatches))(start, OPTIMISER.init(start), x)
 
 
-@pytest.mark.parametrize("name", ["group", "grpo"])
+@pytest.mark.parametrize("name", RECIPES)
 def test_microbatches_change_nothing(name):
     """Parameters after Adam and every metric, in 1, 2, 3 and 6 pieces: sequences differ in length, some failed."""
-    recipe = RECIPE if name == "group" else grpo.grpo(G)
-    whole = updated(recipe, batch(name))
+    whole = updated(RECIPES[name], batch(name))
     for pieces in (2, 3, 6):
-        parts = updated(recipe, batch(name), pieces)
+        parts = updated(RECIPES[name], batch(name), pieces)
         tiny.same(parts[0], whole[0], atol=1e-6)
         tiny.same(parts[2], whole[2], rtol=1e-4, atol=1e-6)
 
