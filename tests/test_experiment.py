@@ -60,7 +60,7 @@ def test_updates_and_prompts_are_counted():
 
 UNKNOWN = [("optimizer", "config", "optimiser"), ("run.sead", "config.run", "seed"),
            ("scale.step", "config.scale", "steps_per_call"), ("model.depth", "config.model", "layers"),
-           ("model.features.biased", "config.model", "query_bias"), ("recipe.args.clip", "config.recipe.args", "beta"),
+           ("model.features.biased", "config.model", "query_bias"), ("recipe.args.clip", "config.recipe.args", "baseline"),
            ("task.args.modulo", "config.task.args", "modulus"), ("optimiser.lr", "config.optimiser", "learning_rate"),
            ("before.0.scale.stepz", "config.before[0].scale", "steps"), ("before.0.model", "config.before[0]", "scale")]
 
@@ -83,7 +83,7 @@ WRONG = [("run.seed", 1.5, "int"), ("run.seed", True, "int"), ("run.seed", "1", 
          ("optimiser.learning_rate", "1e-4", "float"), ("optimiser.learning_rate", float("nan"), "float"),
          ("optimiser.decay", 3, "str"), ("model.remat", 1, "bool"), ("model.width", None, "int"),
          ("model.features.tied", "yes", "bool"), ("run.trackers", "wandb", "tuple"), ("task.args.modulus", 2.5, "int"),
-         ("recipe.args.beta", "0", "float"), ("recipe.args.group_size", [2], "int")]
+         ("recipe.args.baseline", "0", "float"), ("recipe.args.group_size", [2], "int")]
 
 
 @pytest.mark.parametrize("path, value, kind", WRONG, ids=lambda v: str(v))
@@ -148,7 +148,7 @@ def test_an_impossible_combination_is_refused_with_a_way_out(given, path, value,
 
 
 def test_the_phase_is_named():
-    with pytest.raises(ValueError, match=r"phase 2 of 2 \(rloo\): scale.steps=0"):
+    with pytest.raises(ValueError, match=r"phase 2 of 2 \(reinforce\): scale.steps=0"):
         experiment.parse(changed(put("scale.steps", 0), warm_start=2))
     with pytest.raises(ValueError, match=r"phase 1 of 2 \(sft\): scale.steps=0"):
         experiment.parse(changed(put("before.0.scale.steps", 0), warm_start=2))

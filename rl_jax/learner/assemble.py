@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rl_jax.recipe import Recipe
 from rl_jax.types import Evaluated, Experience, Prompts, Samples, Verdict
@@ -36,6 +36,24 @@ def experience(prompts: Prompts, samples: Samples, verdict: Verdict, *,
         version=samples.version, support=samples.support, score=score, reward=score,
         group=group_ids(failed, score.shape[0] // prompts.lengths.shape[0]), parts=verdict.parts, failed=failed,
         given={}, coefficients=coefficients)
+
+
+def of_arrays(rollout_logp: Float[Array, "N T"], mask: Bool[Array, "N T"], reward: Float[Array, " N"],
+              group: Int[Array, " N"], **given: Float[Array, "N T"]) -> Experience:
+    """Experience from plain arrays, for `update.batch_loss` without model or trainer.
+
+    Args:
+      rollout_logp: log-probability under the distribution that sampled, in nats.
+      mask: which tokens the policy chose.
+      reward: of each sequence, in reward units; it is the score, too.
+      group: id of each sequence's prompt, in [0, N).
+      given: what the recipe's `models` ask for by name: reference_logp, old_logp, teacher_logp (nats), values.
+    """
+    rows, zero = mask.shape[0], jnp.zeros(mask.shape, jnp.float32)
+    return Experience(
+        tokens=jnp.zeros(mask.shape, jnp.int32), mask=mask, rollout_logp=rollout_logp, rollout_entropy=zero,
+        finished=mask.any(axis=1), version=jnp.zeros(rows, jnp.int32), score=reward, reward=reward, group=group,
+        parts={}, failed=jnp.zeros(rows, bool), given=given)
 
 
 def selected(recipe: Recipe, x: Experience) -> Experience:

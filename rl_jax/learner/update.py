@@ -19,7 +19,8 @@ Evaluate = Callable[[Parameters, Experience], Evaluated]
 def batch_loss(recipe: Recipe, policy: Evaluated, x: Experience) -> tuple[Float[Array, ""], dict[str, Any]]:
     """sum(loss * weight) of a whole batch of plain arrays, with no model and no trainer.
 
-    Runs selection, advantage, weighting and loss; jittable, and differentiable in `policy`.
+    Runs reward, selection, advantage, weighting and loss; jittable, and differentiable in `policy`.
+    `assemble.of_arrays` makes x.
 
     Returns:
       The loss, and the recipe's own extra metrics as means over the chosen tokens.

@@ -65,6 +65,7 @@ class PhaseLoop:
             recipe, task, network, self.optimiser, verdict, microbatches=scale.microbatches,
             axis=step.SEED_AXIS if scale.seeds > 1 else None,
             learning_rate=optimiser.learning_rate(numbers, phase.updates))
+        self._fresh, self._warm = self._initialisers()
         self._shown = shown_groups
         self.compiled: dict[str, Any] = {}
 
@@ -80,13 +81,18 @@ class PhaseLoop:
           key: consumed.
           policy: weights of the phase before, with the same leading axis; None for fresh ones.
         """
+        seeds = self.phase.scale.seeds
+        return (self._fresh if policy is None else self._warm)(key if seeds == 1 else jax.random.split(key, seeds),
+                                                               policy)
+
+    def _initialisers(self) -> tuple[Callable[..., TrainState], Callable[..., TrainState]]:
+        """Compiled once each: from fresh weights, and from those of the phase before."""
         def one(key, policy):
             return step.initial_state(self.phase.recipe, self.network, self.optimiser, key, policy)
 
         if self.phase.scale.seeds == 1:
-            return jax.jit(one)(key, policy)
-        return jax.jit(jax.vmap(one, (0, None if policy is None else 0)))(
-            jax.random.split(key, self.phase.scale.seeds), policy)
+            return jax.jit(one), jax.jit(one)
+        return jax.jit(jax.vmap(one, (0, None))), jax.jit(jax.vmap(one))
 
     def prepare(self, state: TrainState, prompts: Prompts) -> dict[str, Any]:
         """Compiles for these shapes, once; returns the compiled programs by name.

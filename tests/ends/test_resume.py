@@ -33,6 +33,8 @@ def whole(start):
         process, workdir = start(kind, "whole")
         status, said = process.end()
         assert status == 0, said
+        drawn = [row["gradient/norm"] for row in tiny.left_behind(workdir)[0] if "reward/mean" in row]
+        assert sum(norm > 1e-3 for norm in drawn) > len(drawn) // 2, "there is something to learn"
         return workdir
 
     return {kind: ended(kind) for kind in STEPS}

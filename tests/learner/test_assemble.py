@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from rl_jax.advantage import group
-from rl_jax.learner import assemble
+from rl_jax.learner import assemble, update
 from rl_jax.recipe import Recipe, Rollout
+from rl_jax.recipes.baselines.rloo import rloo
 from rl_jax.tasks import judge
 from rl_jax.tasks.task import PureVerifier
 from rl_jax.tasks.toys import bandit
@@ -126,3 +127,11 @@ def test_whatever_goes_wrong_on_the_host_is_a_failure(bad):
     assert said.failed.tolist() == [True, True] and said.score.shape == said.parts["length"].shape == (2,)
     fine = judge.score_on_host(task, "train", Says((np.array([1.0, np.nan]), {"length": GOOD}, NOT_FAILED)), *rows)
     assert fine.failed.tolist() == [False, True] and fine.score.tolist() == [1.0, 0.0]
+
+
+def test_plain_arrays_are_enough_for_batch_loss():
+    """RLOO on two answers, rewards 1 and 0: credit 1 and -1 (its sheet), halved by the mean over two rows."""
+    logp = jnp.log(jnp.array([[0.5, 0.25], [0.5, 0.5]]))
+    x = assemble.of_arrays(logp, jnp.ones((2, 2), bool), jnp.array([1.0, 0.0]), jnp.zeros(2, jnp.int32))
+    gradient = jax.grad(lambda p: update.batch_loss(rloo(), Evaluated(logp=p, entropy=-p), x)[0])(logp)
+    np.testing.assert_allclose(gradient, [[-0.5, -0.5], [0.5, 0.5]], rtol=1e-6)

@@ -34,7 +34,8 @@ def two_phases(tmp_path_factory):
     return workdir, finished, said
 
 
-CONFIG = tiny.config(recipe="baselines.grpo", warm_start=5, steps=7, run={
+CONFIG = tiny.config(recipe="baselines.grpo", recipe_args={"group_size": 4}, warm_start=5, steps=7, task_args={
+    "modulus": 3, "validation_size": 2, "held_out_size": 2}, run={
     "checkpoint_every": 3, "validate_every": 4, "validation_prompts": 6, "validation_samples": 2, "keep_last": 2})
 
 
@@ -48,6 +49,7 @@ def test_phases_follow_each_other(two_phases):
     assert "sft: 5 steps, compiled in" in said and "grpo: 7 steps, compiled in" in said
     assert {row["run_phase"] for row in json.loads((workdir / "plan.json").read_text())} == {"sft", "grpo"}
     assert json.loads((workdir / "config.json").read_text()) == experiment.plain(CONFIG)
+    assert sum(row["gradient/norm"] > 1e-3 for row in rows(workdir)[5:]) >= 5, "there is something to learn"
 
 
 def test_the_second_phase_starts_with_the_weights_of_the_first(two_phases, tmp_path):
@@ -75,7 +77,7 @@ def test_validation_is_written_and_the_best_is_kept(two_phases):
 def test_rollouts_are_written_for_every_drawn_step(two_phases):
     workdir, _, _ = two_phases
     table = list(metrics.rows(workdir / "rollouts.jsonl"))
-    assert [row["step"] for row in table] == [k for k in range(6, 13) for _ in range(2)]
+    assert [row["step"] for row in table] == [k for k in range(6, 13) for _ in range(4)]
     assert all(row["prompt"].endswith("=") and row["tokens"] >= 1 for row in table)
 
 
@@ -108,10 +110,10 @@ def test_a_finished_run_started_again_changes_nothing(two_phases):
 def test_another_config_is_refused_with_the_difference(two_phases):
     workdir, _, _ = two_phases
     behind = tiny.left_behind(workdir)
-    other = tiny.config(recipe="baselines.grpo", warm_start=6, steps=7, optimiser={"weight_decay": 0.5},
-                        run=dict(CONFIG.run))
+    other = experiment.plain(CONFIG)
+    other["before"][0]["scale"]["steps"], other["optimiser"]["weight_decay"] = 6, 0.5
     with pytest.raises(ValueError) as refusal:
-        session.claim(workdir, experiment.plain(other))
+        session.claim(workdir, other)
     said = str(refusal.value)
     assert "config.optimiser.weight_decay: there 0.0, now 0.5" in said
     assert "config.before[0].scale.steps: there 5, now 6" in said and "config.run" not in said

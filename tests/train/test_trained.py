@@ -45,7 +45,7 @@ def test_looking_changes_nothing(run):
     assert sorted(str(path) for path in workdir.rglob("*")) == before
 
 
-@pytest.mark.parametrize("which, said", [("newest", "allowed are best, latest, a phase of .*'sft', 'rloo'.*"),
+@pytest.mark.parametrize("which, said", [("newest", "allowed are best, latest, a phase of .*'sft', 'reinforce'.*"),
                                          ("7", "no checkpoint of step 7"), ("-1", "allowed are")])
 def test_what_is_not_there_is_refused(run, which, said):
     with pytest.raises(ValueError, match=said):
