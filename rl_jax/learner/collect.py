@@ -71,8 +71,19 @@ def make_collect(recipe: Recipe, draw: Draw, judge: Judge, axis: str | None = No
 
 
 def group_kept(recipe: Recipe, x: Experience, prompts: int) -> Bool[Array, " P"]:
-    """Whether the selection slot keeps any sequence of each prompt's group."""
-    return (assemble.selected(recipe, x).mask.any(axis=1)).reshape(prompts, -1).any(axis=1)
+    """Whether the selection slot keeps any sequence of each prompt's group.
+
+    Raises:
+      ValueError: if the reward or selection slot reads what is known only after all groups are drawn.
+    """
+    try:
+        kept = assemble.selected(recipe, x).mask.any(axis=1)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"recipe {recipe.name!r} replaces groups while it draws (rollout.resample={recipe.rollout.resample}), before "
+            "other models have seen them: its reward and selection slots can read scores, parts and lengths, but no "
+            f"log-probability of another model and no adapting coefficient. Set resample=0. ({error})") from error
+    return kept.reshape(prompts, -1).any(axis=1)
 
 
 def _wave(pieces: Any, wave: Any) -> Any:

@@ -52,7 +52,8 @@ def initial_state(recipe: Recipe, network: Network, optimiser: optax.GradientTra
         raise ValueError(f"recipe {recipe.name!r} learns from a teacher: give initial_state its weights "
                          "(teacher=...), of the same network.")
     own, fresh = jax.random.split(key)
-    policy = network.initialise(fresh) if policy is None else policy
+    # copied: the state is donated to the first step, the caller's weights are not
+    policy = network.initialise(fresh) if policy is None else jax.tree.map(jnp.copy, policy)
     parameters = {"policy": policy}
     if "critic" in recipe.models:
         parameters["critic"] = networks.critic_from(network, policy)

@@ -107,3 +107,10 @@ def test_replicas_wait_for_each_other_and_keep_their_own_groups():
 def test_a_budget_without_a_selection_is_refused():
     with pytest.raises(ValueError, match="resample=2 replaces the groups that the selection slot rejects"):
         dataclasses.replace(recipe(), selection=None)
+
+
+def test_a_slot_that_needs_another_model_cannot_replace_groups():
+    reading = dataclasses.replace(recipe(), models=("reference",), reward=lambda x: x.reference_logp.sum(axis=1))
+    x = dataclasses.replace(toy.experience(recipe()), given={})
+    with pytest.raises(ValueError, match="resample=0"):
+        collect.group_kept(reading, x, 2)

@@ -260,3 +260,12 @@ def test_skipped_steps_in_a_row_are_counted_and_a_good_one_starts_anew():
         unchanged = jax.tree.map(np.array_equal, before, jax.device_get(state.parameters))
         assert all(jax.tree.leaves(unchanged)) == (counts[-1][0] > 0)
     assert counts == [(0, 0.0), (1, 1.0), (0, 0.0)] and int(state.step) == 3
+
+
+def test_the_callers_weights_survive_the_first_step():
+    task, recipe, optimiser = bandit.bandit(), grpo.grpo(beta=0.0, group_size=2), optax.sgd(0.1)
+    policy = tiny.network(task).initialise(jax.random.key(0))
+    state = jax.jit(lambda key, policy: step.initial_state(recipe, tiny.network(task), optimiser, key, policy))(
+        jax.random.key(1), policy)
+    step.make_step(recipe, task, tiny.network(task), optimiser)(state, tiny.prompts(task, 1))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(policy))
