@@ -175,7 +175,8 @@ def test_temperature_may_be_traced_and_carries_no_gradient():
     hidden, vocabulary, targets, _ = map(jnp.asarray, _arrays(4, 20))
     for implementation in IMPLEMENTATIONS:
         call = lambda t: linear_logprob(hidden, vocabulary, targets, temperature=t, implementation=implementation)
-        np.testing.assert_allclose(jax.jit(call)(jnp.float32(0.7)), call(0.7), rtol=1e-6)
+        # the two compile to another order of rounding, and one of the values is nearly 0
+        np.testing.assert_allclose(jax.jit(call)(jnp.float32(0.7)), call(0.7), rtol=1e-6, atol=1e-6)
         assert jax.grad(lambda t: call(t)[1].sum())(0.7) == 0
 
 
