@@ -14,7 +14,7 @@ FINAL, RISE = 0.85, 0.25
 def pass_at_1(workdir, which, cache) -> float:
     """Of 512 held-out problems x 8 samples at temperature 1."""
     status, said = tiny.Script("evaluate.py", f"--workdir={workdir}", f"--checkpoint={which}", "--problems=512",
-                               "--samples=8", "--temperature=1", "--split=held_out", cache=cache).end(600)
+                               "--samples=8", "--temperature=1", "--split=held_out", cache=cache, optimised=True).end(600)
     assert status == 0, said
     return {row["name"]: row["value"] for row in json.loads((workdir / "evaluation.json").read_text())}["pass@1"]
 
@@ -25,7 +25,7 @@ def test_two_seeds_learn(tmp_path, cache_directory):
     for seed in SEEDS:
         workdir = tmp_path / str(seed)
         status, said = tiny.Script("train.py", "--config=configs/quickstart.py", f"--workdir={workdir}",
-                                   f"--config.run.seed={seed}", cache=cache_directory).end(3600)
+                                   f"--config.run.seed={seed}", cache=cache_directory, optimised=True).end(3600)
         assert status == 0, said
         counts = re.search(r"chain_sum: held_out 512 of 512.*", said)
         assert counts, "the splits and what was left out of them are printed"
