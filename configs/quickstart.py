@@ -1,9 +1,9 @@
 """Arithmetic from nothing to a trained policy: a supervised warm start, then GRPO on sums of 3 to 4 one-digit terms.
 
 Command: python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
-Hardware: 2 CPU cores, 2 GB of memory.
-Time: see BENCHMARKS.md.
-Result: see BENCHMARKS.md.
+Hardware: 2 CPU cores; the process holds 1.1 GB.
+Time: 5 to 7 minutes on 2 loaded cores.
+Result: held-out pass@1 from 52.6 % after the supervised phase to 88.8 % (seed 0; BENCHMARKS.md).
 """
 import ml_collections
 
