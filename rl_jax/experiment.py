@@ -236,7 +236,7 @@ def _named(kind: str, package: str, values: Mapping[str, Any], where: str) -> An
             for name, value in values["args"].items()}
     try:
         return factory(**args)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{where} ({values['name']}): {error}") from error
 
 

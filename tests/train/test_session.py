@@ -10,7 +10,7 @@ import pytest
 from rl_jax import experiment
 from rl_jax.recipe import replace
 from rl_jax.tasks.toys import symbols
-from rl_jax.train import checkpoint, metrics, session
+from rl_jax.train import checkpoint, metrics, session, trained
 from tests.ends import tiny
 from tests.ends.conftest import cache_directory, compiled_once  # noqa: F401  (fixtures)
 
@@ -153,6 +153,8 @@ def test_several_steps_per_call_and_replicas(tmp_path):
     assert finished.step == 11 and all(a.shape[0] == 3 for a in jax.tree.leaves(finished.policy))
     leaf = jax.tree.leaves(finished.policy)[0]
     assert not np.array_equal(leaf[0], leaf[1]), "replicas differ"
+    first = jax.tree.map(lambda a: a[0], finished.policy)
+    assert tiny.bits(trained.load(tmp_path / "whole", "latest").policy) == tiny.bits(first), "evaluated is the first"
     drawn = rows(tmp_path / "whole", "reward/mean")
     assert [row["step"] for row in drawn] == [*range(4, 12)]
     assert all(f"{name}_seed_std" in drawn[0] for name in ("reward/mean", "loss/total"))

@@ -60,12 +60,6 @@ def test_a_directory_without_checkpoints_is_refused(tmp_path):
         trained.load(tmp_path)
 
 
-def test_of_several_replicas_the_first_is_taken(tmp_path):
-    finished, _ = tiny.train(tmp_path, tiny.config(steps=2, seeds=2))
-    first = jax.tree.map(lambda a: a[0], finished.policy)
-    assert tiny.bits(trained.load(tmp_path, "latest").policy) == tiny.bits(first)
-
-
 class Scorer:
     """Stands for the worker processes: an answer scores 1 if it begins with the question's first digit, "0" fails."""
 
@@ -101,9 +95,10 @@ def test_an_unknown_split_is_refused():
         examine.Examiner(Network(parsed.shape), parsed.task, "test", rollout=Rollout())
 
 
-def prepared(config):
+@pytest.fixture(scope="module")
+def prepared():
     """A phase with its programs compiled, and the shapes of a dispatch."""
-    parsed = experiment.parse(config)
+    parsed = experiment.parse(tiny.config(recipe="baselines.grpo", recipe_args={"epochs": 2}))
     one = loop.PhaseLoop(parsed.phases[-1], parsed.task, Network(parsed.shape))
     state = jax.eval_shape(one.initial_state, jax.random.key(0))
     prompts = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype),
@@ -112,8 +107,8 @@ def prepared(config):
     return one, state, prompts
 
 
-def test_the_plan_counts_what_is_known_exactly():
-    one, state, prompts = prepared(tiny.config(recipe="baselines.grpo", recipe_args={"epochs": 2}))
+def test_the_plan_counts_what_is_known_exactly(prepared):
+    one, state, prompts = prepared
     rows = {row.phase: row for row in plan.rows(one, state, prompts)}
     numbers = sum(a.size for a in jax.tree.leaves(state.parameters))
     assert rows["held: parameters"].bytes == rows["held: frozen"].bytes == 4 * numbers
@@ -126,8 +121,8 @@ def test_the_plan_counts_what_is_known_exactly():
     assert table.row_count == len(rows)
 
 
-def test_a_limit_below_what_is_needed_is_refused_and_one_above_is_not():
-    one, _, _ = prepared(tiny.config())
+def test_a_limit_below_what_is_needed_is_refused_and_one_above_is_not(prepared):
+    one, _, _ = prepared
     gib = plan.needed_bytes(one) / plan.GIB
     for limit, fits in ((gib * 1.01, True), (gib * 0.99, False)):
         scale = dataclasses.replace(one.phase.scale, memory_limit_gib=limit)
