@@ -87,7 +87,7 @@ class Phase:
     @property
     def updates(self) -> int:
         """Optimiser steps of the whole phase."""
-        return self.scale.steps * self.recipe.schedule.epochs * self.recipe.schedule.minibatches
+        return self.scale.steps * self.recipe.schedule.updates
 
     @property
     def prompts_asked(self) -> int:
@@ -336,6 +336,9 @@ def _check_phase(phase: Phase, run: Run, task: Task, where: str) -> None:
                  'nothing to score: set program="one".')
         _require(recipe.rollout.resample == 0, f'{where}: scale.program="split" cannot replace rejected groups '
                  f'(rollout.resample={recipe.rollout.resample}): set program="one" or resample=0.')
+        _require(recipe.rollout.window == 0, f'{where}: scale.program="split" draws a batch before the one before it is '
+                 f'learned from, and rollout.window={recipe.rollout.window} goes on with that: set program="one" or '
+                 "window=0.")
         _require(scale.steps_per_call == scale.seeds == 1, f'{where}: scale.program="split" works step by step: set '
                  "steps_per_call=1 and seeds=1.")
 

@@ -44,8 +44,13 @@ class Samples:
     """What was drawn. `mask` is True where the policy chose the token, its end token included.
 
     `finished` says the end token was drawn (otherwise the answer was cut off at T); `version`
-    counts the updates of the weights that drew it. `support` marks, as bits, the tokens that
-    truncated sampling kept; None when the whole vocabulary could be drawn.
+    counts the updates of the weights that drew it (its newest tokens, where it grew over several
+    steps). `rollout_entropy` is that of the distribution before any factor of the token's own
+    temperature. `support` marks, as bits, the tokens that truncated sampling kept; None when the
+    whole vocabulary could be drawn. Further fields are None where they would say nothing:
+    `complete`, the answer does not go on in the next step (None: all are); `fresh`, tokens drawn in
+    this step (None: all that are chosen); `given`, the answer was given and not drawn (None: none
+    was); `turn`, the number of each token's turn, from 0 (None: one turn).
     """
 
     tokens: Int[Array, "N T"]
@@ -55,6 +60,10 @@ class Samples:
     finished: Bool[Array, " N"]
     version: Int[Array, " N"]
     support: UInt32[Array, "N T W"] | None = None
+    complete: Bool[Array, " N"] | None = None
+    fresh: Bool[Array, "N T"] | None = None
+    given: Bool[Array, " N"] | None = None
+    turn: Int[Array, "N T"] | None = None
 
 
 @record
@@ -78,6 +87,10 @@ class Experience:
     (ids up to 2N - 1), so group statistics never see it, and its mask is False.
     `given` holds what only some recipes ask for (`Recipe.models`) or a stage has computed; its
     entries are read by name (`x.reference_logp`), and reading one that is not there says why.
+    `example` and `domain` are the ids of each sequence's prompt and of its part of the task; `seed`
+    is a random number of each sequence's own, for slots that draw lots. `complete`, `fresh`, `turn`:
+    see `Samples`. `marks` and `views` are what the slots of those names made. `row` is the row of
+    the drawn batch that each row was taken from, where selection resampled.
     """
 
     tokens: Int[Array, "N T"]
@@ -92,8 +105,17 @@ class Experience:
     parts: dict[str, Any]
     failed: Bool[Array, " N"]
     given: dict[str, Any]
+    example: Int[Array, " N"] | None = None
+    domain: Int[Array, " N"] | None = None
+    seed: UInt32[Array, " N"] | None = None
+    complete: Bool[Array, " N"] | None = None
+    fresh: Bool[Array, "N T"] | None = None
+    turn: Int[Array, "N T"] | None = None
+    row: Int[Array, " N"] | None = None
     prompts: Prompts | None = None
     support: UInt32[Array, "N T W"] | None = None
+    marks: dict[str, Any] | None = None
+    views: dict[str, Any] | None = None
     coefficients: dict[str, Any] | None = None
 
     def _read(self, name: str, remedy: str) -> Tokens:
@@ -127,6 +149,31 @@ class Experience:
         return self._read("advantage", "the recipe has no advantage slot, or it has not run yet")
 
     @property
+    def second_moment(self) -> Tokens:
+        """sum_v p_v^2 of each token's distribution under the policy before this batch."""
+        return self._read("second_moment", 'the recipe must ask for it with models=("moments",)')
+
+    @property
+    def third_moment(self) -> Tokens:
+        """sum_v p_v^3 of each token's distribution under the policy before this batch."""
+        return self._read("third_moment", 'the recipe must ask for it with models=("moments",)')
+
+    @property
+    def hidden_square(self) -> Tokens:
+        """Squared norm of the hidden state that each token was drawn from, before this batch."""
+        return self._read("hidden_square", 'the recipe must ask for it with models=("moments",)')
+
+    @property
+    def mark(self) -> types.SimpleNamespace:
+        """What the recipe's `marks` slot said of each token, by name."""
+        return types.SimpleNamespace(**(self.marks or {}))
+
+    @property
+    def view(self) -> types.SimpleNamespace:
+        """Log-probability of the drawn tokens under other prompts (`Recipe.views`), by name, in nats."""
+        return types.SimpleNamespace(**(self.views or {}))
+
+    @property
     def coefficient(self) -> types.SimpleNamespace:
         """The recipe's adapting coefficients (`Schedule.controls`) by name."""
         return types.SimpleNamespace(**(self.coefficients or {}))
@@ -147,7 +194,8 @@ class TrainState:
 
     `step` counts updates of the program, `optimiser` is optax's state, `frozen` holds the
     weights that are never trained (reference, teacher) by role, `control` the state of the
-    recipe's adapting coefficients, `skipped` counts steps in a row whose gradient was not finite.
+    recipe's adapting coefficients, `skipped` counts steps in a row whose gradient was not finite,
+    `carried` holds rollouts of earlier steps that are learned from again or not yet complete.
     """
 
     step: Int[Array, ""]
@@ -157,3 +205,4 @@ class TrainState:
     frozen: dict[str, Parameters]
     control: dict[str, Any]
     skipped: Int[Array, ""]
+    carried: dict[str, Any]

@@ -10,7 +10,7 @@ def nothing(x):
     return x.mask
 
 
-@recipe(paper="arXiv:0000.00000")
+@recipe(paper="arXiv:0000.00000", title="A paper", confidence="verified")
 def example(strength: float = 0.5, group_size: int = 3) -> Recipe:
     """An example."""
     return Recipe(rollout=Rollout(group_size), loss=lambda policy, x: strength * policy.logp, weighting=nothing)

@@ -16,7 +16,7 @@ Judge = Callable[[Prompts, Samples], Verdict]
 
 
 def make_collect(recipe: Recipe, draw: Draw, judge: Judge, axis: str | None = None) -> Callable[..., Any]:
-    """Returns collect(parameters, prompts, uniforms, version) -> (prompts, samples, verdict, metrics).
+    """Returns collect(parameters, prompts, uniforms, version, coefficient) -> (prompts, samples, verdict, metrics).
 
     With `recipe.rollout.resample = r`, `prompts` holds 1 + r waves of P prompts. Waves are asked
     until P groups pass the selection slot or none is left; the kept groups fill the batch in the
@@ -29,25 +29,26 @@ def make_collect(recipe: Recipe, draw: Draw, judge: Judge, axis: str | None = No
     """
     waves = 1 + recipe.rollout.resample
 
-    def ask(parameters, prompts, uniforms, version):
-        samples = draw(parameters, prompts, uniforms, version)
+    def ask(parameters, prompts, uniforms, version, coefficient):
+        samples = draw(parameters, prompts, uniforms, version, coefficient)
         verdict = judge(prompts, samples)
         return (prompts, samples, verdict), assemble.experience(prompts, samples, verdict)
 
-    def collect(parameters: Any, prompts: Prompts, uniforms: Float[Array, "A G T"], version: Array):
+    def collect(parameters: Any, prompts: Prompts, uniforms: Float[Array, "A G T"], version: Array,
+                coefficient: Any = None):
         if waves == 1:
-            drawn, x = ask(parameters, prompts, uniforms, version)
+            drawn, x = ask(parameters, prompts, uniforms, version, coefficient)
             return *drawn, diagnostics.of_samples(x)
         pieces = update.cut((prompts, uniforms), waves)
         count = prompts.lengths.shape[0] // waves
-        drawn, x = jax.eval_shape(ask, parameters, *_wave(pieces, 0), version)
+        drawn, x = jax.eval_shape(lambda *a: ask(*a, coefficient), parameters, *_wave(pieces, 0), version)
         empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), drawn)
         empty = (_wave(pieces, 0)[0], *empty[1:])
         total = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(diagnostics.of_samples, x))
 
         def body(carry):
             wave, filled, batch, total = carry
-            drawn, x = ask(parameters, *_wave(pieces, wave), version)
+            drawn, x = ask(parameters, *_wave(pieces, wave), version, coefficient)
             keep = group_kept(recipe, x, count)
             slot = jnp.where(keep, filled + jnp.cumsum(keep) - 1, count)
             batch = jax.tree.map(lambda b, d: _scatter(b, d, slot), batch, drawn)

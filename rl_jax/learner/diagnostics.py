@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from rl_jax import masked
 from rl_jax.recipe import Recipe
@@ -42,23 +42,25 @@ def of_policy(recipe: Recipe, policy: Evaluated, x: Experience, share: Float[Arr
 def _sensitivity(recipe: Recipe, policy: Evaluated, x: Experience) -> Float[Array, "N T"]:
     def total(logp):
         out = recipe.loss(dataclasses.replace(policy, logp=jnp.where(x.mask, logp, 0.0)), x)
-        return jnp.where(x.mask, out[0] if isinstance(out, tuple) else out, 0.0).sum()
+        terms = out[0] if isinstance(out, tuple) else out
+        return sum(jnp.where(x.mask, loss, 0.0).sum() for loss in jax.tree.leaves(terms))
 
     return jax.grad(total)(policy.logp)
 
 
 def of_samples(x: Experience) -> Metrics:
     """Score, length, end and failure rates of what was drawn."""
-    scored = jnp.maximum((~x.failed).sum(), 1)
+    known = ~x.failed & x.complete
+    scored = jnp.maximum(known.sum(), 1)
 
     def mean(values):
-        return jnp.where(x.failed, 0.0, values).sum() / scored
+        return jnp.where(known, values, 0.0).sum() / scored
 
     return {
         "reward/score": mean(x.score),
         "reward/solved": mean((x.score >= 1).astype(jnp.float32)),
         "reward/failed": x.failed.sum().astype(jnp.float32),
-        "rollout/length": x.mask.sum() / scored,
+        "rollout/length": mean(x.mask.sum(axis=1)),
         "rollout/finished": x.finished.mean(),
         "rollout/entropy": masked.mean(x.rollout_entropy, x.mask),
         **{f"reward/{name}": mean(values) for name, values in x.parts.items()},
@@ -74,13 +76,21 @@ def joined(metrics: Any) -> Metrics:
     return {name: _extreme(name, values, values.sum(axis=0)) for name, values in metrics.items()}
 
 
-def averaged(metrics: Any) -> Metrics:
+def averaged(metrics: Any, taken: Bool[Array, " K"] | None = None) -> Metrics:
     """Metrics stacked over optimiser steps, as one number each: means and extremes.
 
     The gap between sampler and trainer is that of the first step, before anything was learned;
     skipped steps are counted.
+
+    Args:
+      taken: which of the steps were taken, and count in the means; all of them if None.
     """
-    return {**{name: _extreme(name, values, values.mean(axis=0)) for name, values in metrics.items()},
+    def mean(values):
+        if taken is None:
+            return values.mean(axis=0)
+        return jnp.where(taken, values, 0.0).sum() / jnp.maximum(taken.sum(), 1)
+
+    return {**{name: _extreme(name, values, mean(values)) for name, values in metrics.items()},
             **{name: metrics[name][0] for name in ("rollout/logp_gap_nats",) if name in metrics},
             "gradient/skipped": metrics["gradient/skipped"].sum(axis=0)}
 

@@ -1,7 +1,10 @@
 """What weights say of drawn tokens: log-probability, entropy and value, without logits."""
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels_pallas.linear_logprob.op import linear_logprob
@@ -9,7 +12,7 @@ from rl_jax.learner import update
 from rl_jax.models import network as networks
 from rl_jax.models.network import Network
 from rl_jax.recipe import Recipe
-from rl_jax.types import Evaluated, Experience, Parameters
+from rl_jax.types import Evaluated, Experience, Parameters, Prompts
 
 
 def make_evaluate(network: Network, temperature: float, *, implementation: str | None = None) -> update.Evaluate:
@@ -45,15 +48,11 @@ def _of_hidden(network: Network, parameters: Parameters, hidden: Float[Array, "N
     return logp.reshape(n, t), entropy.reshape(n, t)
 
 
-def with_models(recipe: Recipe, evaluate: update.Evaluate, parameters: dict[str, Parameters],
+def with_models(recipe: Recipe, network: Network, evaluate: update.Evaluate, parameters: dict[str, Parameters],
                 frozen: dict[str, Parameters], x: Experience, microbatches: int = 1) -> Experience:
-    """x with what the recipe's `models` asked for, and nothing that it did not ask for."""
-    def all_parts(weights):
-        if microbatches == 1:
-            return evaluate(weights, x)
-        whole = dataclasses.replace(x, coefficients=None)
-        parts = jax.lax.map(lambda part: evaluate(weights, part), update.cut(whole, microbatches))
-        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), parts)
+    """x with what the recipe's `models` and `views` asked for, and nothing that it did not ask for."""
+    def all_parts(weights, x=x):
+        return update.in_parts(evaluate, weights, x, microbatches)
 
     given = dict(x.given)
     for role in ("reference", "teacher"):
@@ -65,4 +64,37 @@ def with_models(recipe: Recipe, evaluate: update.Evaluate, parameters: dict[str,
             given["old_logp"] = now.logp
         if "critic" in recipe.models:
             given["values"] = now.values
-    return dataclasses.replace(x, given=jax.lax.stop_gradient(given))
+    if "moments" in recipe.models:
+        temperature = 1.0 if recipe.rollout is None else recipe.rollout.temperature
+        found = update.in_parts(make_moments(network, temperature), parameters, x, microbatches)
+        given |= dict(zip(("second_moment", "third_moment", "hidden_square"), found, strict=True))
+    x = dataclasses.replace(x, given=jax.lax.stop_gradient(given))
+    if not recipe.views:
+        return x
+    views = {name: all_parts({"policy": parameters["policy"]}, dataclasses.replace(x, prompts=seen(x))).logp
+             for name, seen in views_of(recipe).items()}
+    return dataclasses.replace(x, views=jax.lax.stop_gradient(views))
+
+
+def views_of(recipe: Recipe) -> dict[str, Callable[[Experience], Prompts]]:
+    """By name, x -> the prompts under which the answers are scored again; lots are drawn per prompt."""
+    def bound(view):
+        return lambda x: view(x.prompts, x.seed[::x.mask.shape[0] // x.prompts.lengths.shape[0]])
+
+    return {name: bound(view) for name, view in recipe.views.items()}
+
+
+def make_moments(network: Network, temperature: float) -> Callable[[dict[str, Parameters], Experience], Any]:
+    """Returns moments(parameters, x) -> (sum_v p_v^2, sum_v p_v^3, squared norm of the hidden state), each [N, T].
+
+    p is the distribution that `make_evaluate` speaks of. No logits are made: with u the logits,
+    sum_v p_v^k = exp(k log p_a - log softmax(k u)_a), whatever the token a.
+    """
+    def moments(parameters: dict[str, Parameters], x: Experience):
+        hidden = network.hidden(parameters["policy"], x.prompts.tokens, x.prompts.lengths, x.tokens)
+        first, second, third = (_of_hidden(network, parameters["policy"], hidden, x, temperature / power, None)[0]
+                                for power in (1, 2, 3))
+        square = (hidden.astype(jnp.float32) ** 2).sum(axis=2)
+        return jnp.exp(2 * first - second), jnp.exp(3 * first - third), square
+
+    return moments

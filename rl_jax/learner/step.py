@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key
 
-from rl_jax.learner import assemble, collect, diagnostics, evaluate, update
+from rl_jax.learner import ask as asking
+from rl_jax.learner import assemble, carry, collect, diagnostics, evaluate, update
 from rl_jax.models import network as networks
 from rl_jax.models.network import Network
 from rl_jax.recipe import Recipe
@@ -27,27 +28,36 @@ class Pieces:
 
     Attributes:
       uniforms: (key, step, number of prompts) -> the random numbers that `ask` draws with.
-      ask: (parameters, prompts, uniforms, version) -> (prompts, samples, verdict, metrics).
+      ask: (state, prompts, uniforms, version) -> (prompts, samples, verdict, metrics, carried); of the
+        state it reads the policy, the control and what is carried, nothing else.
       learn: (state, prompts, samples, verdict) -> (state, metrics, experience).
+      carried: prompts -> what the first state carries, given a batch of prompts (arrays or shapes).
     """
 
     uniforms: Callable[..., Array]
-    ask: Callable[..., tuple[Prompts, Samples, Verdict, Metrics]]
+    ask: Callable[..., tuple[Prompts, Samples, Verdict, Metrics, dict[str, Any]]]
     learn: Callable[..., tuple[TrainState, Metrics, Experience]]
+    carried: Callable[[Prompts], dict[str, Any]]
 
 
 def initial_state(recipe: Recipe, network: Network, optimiser: optax.GradientTransformation, key: Key[Array, ""],
-                  policy: Parameters | None = None, teacher: Parameters | None = None) -> TrainState:
+                  policy: Parameters | None = None, teacher: Parameters | None = None, *, examples: int = 0,
+                  carried: dict[str, Any] | None = None) -> TrainState:
     """The state before the first step; the key is consumed.
 
     Args:
       policy: weights to start from; fresh ones if None. The reference and the critic's body are
         copies of them.
       teacher: weights of the teacher, for a recipe that asks for one.
+      examples: number of training examples, for a recipe that remembers something of each.
+      carried: from `Pieces.carried`, for a recipe that carries rollouts from step to step.
 
     Raises:
-      ValueError: if the recipe asks for a teacher and none is given.
+      ValueError: if the recipe needs a teacher, the number of examples or something carried, and it is not given.
     """
+    if asking.carries(recipe) and carried is None:
+        raise ValueError(f"recipe {recipe.name!r} carries rollouts from step to step: give initial_state their room "
+                         "(carried=pieces.carried(prompts)).")
     if "teacher" in recipe.models and teacher is None:
         raise ValueError(f"recipe {recipe.name!r} learns from a teacher: give initial_state its weights "
                          "(teacher=...), of the same network.")
@@ -59,10 +69,10 @@ def initial_state(recipe: Recipe, network: Network, optimiser: optax.GradientTra
         parameters["critic"] = networks.critic_from(network, policy)
     given = {"reference": policy, "teacher": teacher}
     frozen = {role: jax.tree.map(jnp.copy, weights) for role, weights in given.items() if role in recipe.models}
-    control = {name: one.init() for name, one in recipe.schedule.controls.items()}
+    control = {name: one.init(examples) for name, one in recipe.schedule.controls.items()}
     zero = jnp.zeros((), jnp.int32)
     return TrainState(step=zero, key=own, parameters=parameters, optimiser=optimiser.init(parameters), frozen=frozen,
-                      control=control, skipped=jnp.zeros((), jnp.int32))
+                      control=control, skipped=jnp.zeros((), jnp.int32), carried=carried or {})
 
 
 def make_pieces(recipe: Recipe, task: tasks.Task, network: Network, optimiser: optax.GradientTransformation,
@@ -76,61 +86,61 @@ def make_pieces(recipe: Recipe, task: tasks.Task, network: Network, optimiser: o
       axis: name of the vmap axis over replicas, if there is one.
       learning_rate: the optimiser's schedule, for the metrics.
     """
-    if recipe.rollout is None:
-        temperature, ask = 1.0, given_answers
-    else:
-        temperature = recipe.rollout.temperature
-        if temperature == 0:
-            raise ValueError("rollout temperature=0 draws the same answer every time and leaves nothing to learn; "
-                             "give a positive one (1.0 samples the policy itself).")
-        draw = decode.make_rollout(network, recipe.rollout, completion_length=task.completion_length,
-                                   end_id=task.tokenizer.end_id, pad_id=task.tokenizer.pad_id, axis=axis)
-        ask = collect.make_collect(recipe, draw, verdict, axis)
+    temperature = 1.0 if recipe.rollout is None else recipe.rollout.temperature
+    if temperature == 0:
+        raise ValueError("rollout temperature=0 draws the same answer every time and leaves nothing to learn; "
+                         "give a positive one (1.0 samples the policy itself).")
+    ask = asking.make_ask(recipe, task, network, verdict, axis)
     policy_of = evaluate.make_evaluate(network, temperature)
     passes = update.make_passes(recipe, policy_of, optimiser, microbatches)
+    replay = 0 if recipe.rollout is None else recipe.rollout.replay
 
     def learn(state: TrainState, prompts: Prompts, samples: Samples, verdict: Verdict):
-        coefficients = {name: one.read(state.control[name]) for name, one in recipe.schedule.controls.items()}
-        x = assemble.experience(prompts, samples, verdict, coefficients=coefficients)
-        scored = x.mask.any(axis=1)  # neither failed nor an empty slot
-        x = evaluate.with_models(recipe, policy_of, state.parameters, state.frozen, x, microbatches)
+        carried, drawn = state.carried, (prompts, samples, verdict)
+        if replay:
+            prompts, samples, verdict = carry.joined(drawn, carried["replay"])
+            carried = {**carried, "replay": carry.pushed(drawn, carried["replay"])}
+        coefficients = asking.coefficients_of(recipe, state.control)
+        lots, deal = jax.random.split(jax.random.fold_in(state.key, 2 * state.step + 1))
+        x = assemble.experience(prompts, samples, verdict, coefficients=coefficients,
+                                seed=jax.random.bits(lots, verdict.failed.shape, jnp.uint32))
+        scored = x.mask.any(axis=1) & x.complete  # neither failed nor an empty slot nor half an answer
+        x = evaluate.with_models(recipe, network, policy_of, state.parameters, state.frozen, x, microbatches)
+        if samples.given is not None:
+            x = dataclasses.replace(x, rollout_logp=jnp.where(samples.given[:, None], x.old_logp, x.rollout_logp))
         x = assemble.with_advantage(recipe, x)
-        parameters, optimiser_state, metrics = passes(state.parameters, state.optimiser, x,
-                                                      jax.random.fold_in(state.key, 2 * state.step + 1))
+        parameters, optimiser_state, metrics = passes(state.parameters, state.optimiser, x, deal)
         control = state.control
         if control:
-            policy = assemble.hide_policy(jax.lax.stop_gradient(policy_of(state.parameters, x)), x.mask)
-            control = {name: one.update(control[name], x, policy) for name, one in recipe.schedule.controls.items()}
+            policy = jax.lax.stop_gradient(update.in_parts(policy_of, state.parameters, x, microbatches))
+            policy = assemble.hide_policy(policy, x.mask)
+            control = {name: one.update(control[name], x, policy, metrics)
+                       for name, one in recipe.schedule.controls.items()}
         state = dataclasses.replace(
             state, step=state.step + 1, parameters=parameters, optimiser=optimiser_state, control=control,
-            skipped=jnp.where(metrics["gradient/skipped"] > 0, state.skipped + 1, 0))
-        metrics |= {f"control/{name}": jnp.asarray(value) for name, value in coefficients.items()}
+            skipped=jnp.where(metrics["gradient/skipped"] > 0, state.skipped + 1, 0), carried=carried)
+        metrics |= {f"control/{name}": value for name, value in coefficients.items()
+                    if isinstance(value, jax.Array) and value.ndim == 0}
         if recipe.rollout is not None:
+            scored = scored if x.row is None else scored[x.row]
             metrics["reward/mean"] = jnp.where(scored, x.reward, 0.0).sum() / jnp.maximum(scored.sum(), 1)
+        if replay:
+            age = jnp.where(x.mask.any(axis=1), state.step - 1 - x.version, 0)
+            metrics["rollout/age_steps"] = age.sum() / jnp.maximum(x.mask.any(axis=1).sum(), 1)
         if learning_rate is not None:
-            passed = (state.step - 1) * recipe.schedule.epochs * recipe.schedule.minibatches
-            metrics["optimiser/learning_rate"] = jnp.asarray(learning_rate(passed), jnp.float32)
-        return state, metrics, x
+            metrics["optimiser/learning_rate"] = jnp.asarray(
+                learning_rate((state.step - 1) * recipe.schedule.updates), jnp.float32)
+        trivial = {name: None for name in ("complete", "fresh", "turn") if vars(samples)[name] is None}
+        return state, metrics, dataclasses.replace(x, seed=None, example=None, domain=None, **trivial)
 
     def uniforms(key: Array, index: Array, prompts: int) -> Array:
         group = recipe.group_size if recipe.rollout is not None else 0
         return decode.make_uniforms(jax.random.fold_in(key, 2 * index), prompts, group, task.completion_length)
 
-    return Pieces(uniforms=uniforms, ask=ask, learn=learn)
+    def carried(prompts: Prompts) -> dict[str, Any]:
+        return asking.room(recipe, network, ask, prompts, task.completion_length)
 
-
-def given_answers(parameters: Parameters, prompts: Prompts, uniforms: Array,
-                  version: Array) -> tuple[Prompts, Samples, Verdict, Metrics]:
-    """The prompts' own answers as samples, for recipes without a rollout."""
-    if prompts.answer is None:
-        raise ValueError("this recipe learns from given answers (rollout=None), and the prompts have none: "
-                         "the task must give every training example an `answer`.")
-    shape = prompts.answer.shape
-    zero = jnp.zeros(shape, jnp.float32)
-    samples = Samples(tokens=prompts.answer, mask=prompts.answer_mask, rollout_logp=zero, rollout_entropy=zero,
-                      finished=jnp.ones(shape[:1], bool), version=jnp.full(shape[:1], version, jnp.int32))
-    verdict = Verdict(score=jnp.ones(shape[:1], jnp.float32), parts={}, failed=jnp.zeros(shape[:1], bool))
-    return prompts, samples, verdict, {}
+    return Pieces(uniforms=uniforms, ask=ask, learn=learn, carried=carried)
 
 
 def make_step(recipe: Recipe, task: tasks.Task, network: Network, optimiser: optax.GradientTransformation,
@@ -162,9 +172,9 @@ def composed(pieces: Pieces, *, steps_per_call: int = 1, seeds: int = 1,
       shown_groups: return only the experience of the first so many prompts; None returns all of it.
     """
     def once(state: TrainState, prompts: Prompts, uniforms: Array) -> tuple[TrainState, Metrics, Experience]:
-        drawn = pieces.ask(state.parameters["policy"], prompts, uniforms, state.step)
-        state, learnt, x = pieces.learn(state, *drawn[:3])
-        return state, {**drawn[3], **learnt}, first_groups(x, shown_groups)
+        *drawn, metrics, carried = pieces.ask(state, prompts, uniforms, state.step)
+        state, learnt, x = pieces.learn(dataclasses.replace(state, carried=carried), *drawn)
+        return state, {**metrics, **learnt}, first_groups(x, shown_groups)
 
     def single(state, prompts):
         return once(state, prompts, pieces.uniforms(state.key, state.step, prompts.lengths.shape[0]))
@@ -192,13 +202,10 @@ def _packed(metrics: Metrics) -> Array:
 
 
 def make_draw(pieces: Pieces) -> Callable[..., Samples]:
-    """The first of two programs: draw(parameters, key, prompts, index, version) -> samples of batch `index`.
-
-    `version` is the number of steps that the weights have learned from.
-    """
-    def draw(parameters: Parameters, key: Array, prompts: Prompts, index: Array, version: Array) -> Samples:
-        numbers = pieces.uniforms(key, index, prompts.lengths.shape[0])
-        return pieces.ask(parameters["policy"], prompts, numbers, version)[1]
+    """The first of two programs: draw(state, prompts, index) -> samples of batch `index`, by the weights of the state."""
+    def draw(state: TrainState, prompts: Prompts, index: Array) -> Samples:
+        numbers = pieces.uniforms(state.key, index, prompts.lengths.shape[0])
+        return pieces.ask(state, prompts, numbers, state.step)[1]
 
     return draw
 

@@ -1,5 +1,7 @@
 """One update of the weights, the same for every recipe."""
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +11,7 @@ import optax
 from jaxtyping import Array, Float
 
 from rl_jax.learner import assemble, diagnostics
-from rl_jax.recipe import Recipe
+from rl_jax.recipe import Recipe, Turns
 from rl_jax.types import Evaluated, Experience, Parameters
 
 Metrics = dict[str, Float[Array, ""]]
@@ -19,14 +21,14 @@ Evaluate = Callable[[Parameters, Experience], Evaluated]
 def batch_loss(recipe: Recipe, policy: Evaluated, x: Experience) -> tuple[Float[Array, ""], dict[str, Any]]:
     """sum(loss * weight) of a whole batch of plain arrays, with no model and no trainer.
 
-    Runs reward, selection, advantage, weighting and loss; jittable, and differentiable in `policy`.
-    `assemble.of_arrays` makes x.
+    Runs reward, selection, advantage, marks, weighting and loss; jittable, and differentiable in
+    `policy`. `assemble.of_arrays` makes x.
 
     Returns:
-      The loss, and the recipe's own extra metrics as means over the chosen tokens.
+      The loss, and as metrics the recipe's extras (means over the chosen tokens) and its named terms.
     """
     x = assemble.with_advantage(recipe, x)
-    return weighted_loss(recipe, policy, x, recipe.weighting(x), token_share(x))
+    return weighted_loss(recipe, assemble.policy_rows(policy, x), x, recipe.weighting(x), token_share(x))
 
 
 def token_share(x: Experience) -> Float[Array, "N T"]:
@@ -34,32 +36,62 @@ def token_share(x: Experience) -> Float[Array, "N T"]:
     return x.mask / jnp.maximum(x.mask.sum(), 1)
 
 
-def weighted_loss(recipe: Recipe, policy: Evaluated, x: Experience, weight: Float[Array, "N T"],
+def weighted_loss(recipe: Recipe, policy: Evaluated, x: Experience, weight: Any,
                   share: Float[Array, "N T"]) -> tuple[Float[Array, ""], dict[str, Any]]:
     """sum(loss * weight) of a batch or of any part of it; parts add up to the whole.
 
     Args:
-      weight: from the weighting slot, on the whole batch.
+      weight: from the weighting slot, on the whole batch: [N, T], or by name for named terms.
       share: from `token_share`, on the whole batch.
+
+    Raises:
+      ValueError: if terms and weights have different names.
     """
     policy = assemble.hide_policy(policy, x.mask)
-    loss, extras = _loss_and_extras(recipe, policy, x)
-    loss = jnp.where(x.mask, loss, 0.0)
-    extras = {name: (jnp.where(x.mask, value, 0.0) * share).sum() for name, value in extras.items()}
-    return (loss * jax.lax.stop_gradient(weight)).sum(), jax.lax.stop_gradient(extras)
-
-
-def _loss_and_extras(recipe: Recipe, policy: Evaluated, x: Experience):
     out = recipe.loss(policy, x)
-    return out if isinstance(out, tuple) else (out, {})
+    terms, extras = out if isinstance(out, tuple) else (out, {})
+    extras = {name: (jnp.where(x.mask, value, 0.0) * share).sum() for name, value in extras.items()}
+
+    def total(loss, weight):
+        return (jnp.where(x.mask, loss, 0.0) * jax.lax.stop_gradient(weight)).sum()
+
+    if not isinstance(terms, dict) and not isinstance(weight, dict):
+        return total(terms, weight), jax.lax.stop_gradient(extras)
+    named = sorted(terms) if isinstance(terms, dict) else None
+    weights = sorted(weight) if isinstance(weight, dict) else None
+    if named != weights:
+        raise ValueError(f"recipe {recipe.name!r}: the loss slot has the terms {named or 'of no name'} and the weighting "
+                         f"slot weights for {weights or 'no name'}: both must name the same.")
+    totals = {name: total(terms[name], weight[name]) for name in named}
+    extras = {**{f"loss/{name}": value for name, value in totals.items()}, **extras}
+    return sum(totals.values()), jax.lax.stop_gradient(extras)
+
+
+def in_parts(evaluate: Evaluate, parameters: Parameters, x: Experience, microbatches: int = 1) -> Evaluated:
+    """What the weights say of a batch, one micro-batch after the other."""
+    if microbatches == 1:
+        return evaluate(parameters, x)
+    whole = dataclasses.replace(x, coefficients=None)
+    parts = jax.lax.map(lambda part: evaluate(parameters, part), cut(whole, microbatches))
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), parts)
 
 
 def make_gradient(recipe: Recipe, evaluate: Evaluate, microbatches: int = 1) -> Callable[..., Any]:
     """Returns gradient(parameters, x) -> (gradient, metrics), accumulated over micro-batches.
 
     `microbatches` trades memory for time and changes nothing else: weights are fixed before the
-    batch is cut, and a group is never cut.
+    batch is cut, and a group is never cut. Where the recipe scales its step by the gradient's noise,
+    the metric `gradient/variance` estimates the variance of the gradient from the pieces'.
+
+    Raises:
+      ValueError: if the recipe's loss compares all groups of the batch and it should be cut.
     """
+    scaling = recipe.schedule.step_scale
+    pieces = microbatches if scaling is None else math.lcm(microbatches, scaling.pieces)
+    if pieces > 1 and recipe.indivisible:
+        raise ValueError(f"recipe {recipe.name!r} compares all groups of a batch in its loss, so the batch cannot be cut "
+                         f"into {pieces} pieces: set scale.microbatches=1.")
+
     def objective(parameters, x, weight, share):
         policy = evaluate(parameters, x)
         loss, extras = weighted_loss(recipe, policy, x, weight, share)
@@ -74,24 +106,38 @@ def make_gradient(recipe: Recipe, evaluate: Evaluate, microbatches: int = 1) -> 
 
     def gradient(parameters: Parameters, x: Experience) -> tuple[Parameters, Metrics]:
         whole = (dataclasses.replace(x, coefficients=None), recipe.weighting(x), token_share(x))
-        if microbatches == 1:
+        if pieces == 1:
             return one(parameters, whole, x.coefficients)
-        parts = cut(whole, microbatches)
+        parts = cut(whole, pieces)
         shapes = jax.eval_shape(one, parameters, jax.tree.map(lambda a: a[0], parts), x.coefficients)
         zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes[0])
 
-        def accumulate(total, part):
+        def accumulate(carry, part):
+            total, squares = carry
             new, metrics = one(parameters, part, x.coefficients)
-            return jax.tree.map(jnp.add, total, new), metrics
+            squares = squares if scaling is None else squares + optax.tree.norm(new, squared=True)
+            return (jax.tree.map(jnp.add, total, new), squares), metrics
 
-        total, metrics = jax.lax.scan(accumulate, zero, parts)
-        return total, diagnostics.joined(metrics)
+        (total, squares), metrics = jax.lax.scan(accumulate, (zero, jnp.zeros(())), parts)
+        metrics = diagnostics.joined(metrics)
+        if scaling is not None:  # a piece's own gradient is `pieces` times its part of the sum
+            spread = pieces * squares - optax.tree.norm(total, squared=True)
+            metrics["gradient/variance"] = jnp.maximum(spread, 0.0) / (pieces - 1)
+        return total, metrics
 
     return gradient
 
 
 def cut(tree: Any, parts: int) -> Any:
-    """Every array with its leading axis split in `parts` equal pieces: [A, ...] -> [parts, A / parts, ...]."""
+    """Every array with its leading axis split in `parts` equal pieces: [A, ...] -> [parts, A / parts, ...].
+
+    Raises:
+      ValueError: if the leading axis is no multiple of `parts`.
+    """
+    smallest = min((a.shape[0] for a in jax.tree.leaves(tree)), default=parts)
+    if smallest % parts:
+        raise ValueError(f"{smallest} prompts cannot be cut into {parts} pieces: take a multiple of {parts} "
+                         "(scale.prompts_per_step), or fewer pieces (scale.microbatches, the recipe's own).")
     return jax.tree.map(lambda a: a.reshape(parts, a.shape[0] // parts, *a.shape[1:]), tree)
 
 
@@ -109,6 +155,10 @@ def make_update(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTra
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm)
         step, new_state = optimiser.update(gradient, state, parameters)
+        if recipe.schedule.step_scale is not None:
+            factor = recipe.schedule.step_scale.scale(norm**2, metrics["gradient/variance"])
+            step = jax.tree.map(lambda a: factor * a, step)
+            metrics = {**metrics, "optimiser/step_scale": factor}
         new = optax.apply_updates(parameters, step)
 
         def kept(now, before):
@@ -122,13 +172,15 @@ def make_update(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTra
 
 def make_passes(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTransformation,
                 microbatches: int = 1) -> Callable[..., Any]:
-    """Returns passes(parameters, optimiser_state, x, key): all epochs and minibatches over one batch.
+    """Returns passes(parameters, optimiser_state, x, key): all epochs, minibatches and turns over one batch.
 
     The prompts are dealt to minibatches anew for each epoch (the key is consumed); groups stay whole. Weights
     are those of the minibatch, the batch of one optimiser step.
     """
     epochs, minibatches = recipe.schedule.epochs, recipe.schedule.minibatches
     update = make_update(recipe, evaluate, optimiser, microbatches)
+    if recipe.schedule.turns is not None:
+        update = make_turns(recipe.schedule.turns, update, functools.partial(in_parts, evaluate, microbatches=microbatches))
 
     def passes(parameters: Parameters, state: Any, x: Experience, key: Array) -> tuple[Parameters, Any, Metrics]:
         if epochs == minibatches == 1:
@@ -153,3 +205,26 @@ def make_passes(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTra
         return parameters, state, diagnostics.averaged(metrics)
 
     return passes
+
+
+def make_turns(turns: Turns, update: Callable[..., Any], evaluate: Evaluate) -> Callable[..., Any]:
+    """Returns update(parameters, optimiser_state, x): one optimiser step per turn, in the order of `turns`."""
+    def in_turn(parameters: Parameters, state: Any, x: Experience) -> tuple[Parameters, Any, Metrics]:
+        def one(carry, turn):
+            parameters, state, factor, logp = carry
+            mask = x.mask & (x.turn == turn)
+            part = dataclasses.replace(x, mask=mask, given={
+                **x.given, "old_logp": logp, "advantage": x.advantage * factor[:, None]})
+            *stepped, metrics = update(parameters, state, part)
+            present = mask.any()
+            parameters, state = jax.tree.map(lambda new, old: jnp.where(present, new, old), tuple(stepped),
+                                             (parameters, state))
+            after = jax.lax.stop_gradient(jnp.where(x.mask, evaluate(parameters, x).logp, 0.0))
+            return (parameters, state, turns.factor(factor, after, logp, mask), after), (metrics, present)
+
+        first = jax.lax.stop_gradient(jnp.where(x.mask, evaluate(parameters, x).logp, 0.0))
+        start = (parameters, state, jnp.ones(x.mask.shape[0]), first)
+        (parameters, state, _, _), (metrics, present) = jax.lax.scan(one, start, jnp.asarray(turns.order))
+        return parameters, state, diagnostics.averaged(metrics, present)
+
+    return in_turn

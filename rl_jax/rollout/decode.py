@@ -18,11 +18,12 @@ MOST_SAMPLES = 4096
 
 def make_rollout(network: Network, rollout: Rollout, *, completion_length: int, end_id: int, pad_id: int,
                  axis: str | None = None) -> Callable[..., Samples]:
-    """Returns draw(parameters, prompts, uniforms, version) -> Samples of G answers per prompt, prompt-major.
+    """Returns draw(parameters, prompts, uniforms, version, coefficient) -> Samples of G answers each, prompt-major.
 
     The group axis is a `vmap` with the prompt's cache at `in_axes=None`: it is never copied. It
     wraps the step inside the loop; the loop stops when every answer has ended. `uniforms` [P, G, T]
-    are the random numbers, from `make_uniforms`.
+    are the random numbers, from `make_uniforms`; `coefficient` holds the recipe's adapting
+    coefficients by name, for a rollout whose temperature reads them.
 
     Args:
       completion_length: T, the budget in tokens, the end token included.
@@ -33,7 +34,7 @@ def make_rollout(network: Network, rollout: Rollout, *, completion_length: int, 
     group = rollout.group_size
 
     def draw(parameters: Parameters, prompts: Prompts, uniforms: Float[Array, "P G T"],
-             version: Int[Array, ""]) -> Samples:
+             version: Int[Array, ""], coefficient: Any = None) -> Samples:
         count = prompts.lengths.shape[0]
         head = network.vocabulary(parameters)
         prompt_cache = network.prefill(parameters, prompts.tokens)
@@ -43,7 +44,7 @@ def make_rollout(network: Network, rollout: Rollout, *, completion_length: int, 
             hidden, cache = network.decode(parameters, prompt_cache, cache, token, prompts.lengths, now)
             logits = jnp.einsum("pd,vd->pv", hidden, head, preferred_element_type=jnp.float32)
             uniform = jax.lax.dynamic_index_in_dim(uniforms, now, 1, keepdims=False)
-            token, logp, entropy, keep = sample.draw(uniform, logits, rollout)
+            token, logp, entropy, keep = sample.draw(uniform, logits, rollout, coefficient)
             token = jnp.where(alive, token, pad_id).astype(jnp.int32)
             support = {} if keep is None else {"support": pack_support(keep)}
             drawn = {"tokens": token, "mask": alive, "rollout_logp": jnp.where(alive, logp, 0.0),

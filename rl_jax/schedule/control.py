@@ -16,15 +16,17 @@ class Control:
     """One adapting coefficient.
 
     Attributes:
-      init: () -> state, a pytree of arrays; it is checkpointed.
-      update: (state, x, policy) -> state, once per batch; `policy` says what the policy said of
-        the whole batch before it was updated.
-      read: state -> the coefficient, what the slots see as `x.coefficient.<name>`.
+      init: number of training examples -> state, a pytree of arrays; it is checkpointed.
+      update: (state, x, policy, metrics) -> state, once per batch, after the weights were updated.
+        `policy` says what the policy said of the whole batch before that; `metrics` what the update
+        reported, the loss slot's extras among it, averaged over its optimiser steps.
+      read: state -> the coefficient, what the slots see as `x.coefficient.<name>`: a scalar, or
+        whatever the slots that read it expect.
     """
 
-    init: Callable[[], Any]
-    update: Callable[[Any, Experience, Evaluated], Any]
-    read: Callable[[Any], Float[Array, ""]]
+    init: Callable[[int], Any]
+    update: Callable[[Any, Experience, Evaluated, dict[str, Any]], Any]
+    read: Callable[[Any], Any]
 
 
 def divergence_per_sequence(logp: Tokens, reference_logp: Tokens, mask: Mask) -> Float[Array, ""]:
@@ -73,8 +75,8 @@ def adaptive_kl(initial: float, target: float, *, gain: float = 0.1, band: float
     if initial <= 0 or target <= 0:
         raise ValueError(f"initial={initial}, target={target}: both must be positive; a coefficient of 0 stays 0.")
 
-    def update(state, x, policy):
+    def update(state, x, policy, metrics):
         measured = divergence_per_sequence(policy.logp, x.reference_logp, x.mask)
         return jax.lax.stop_gradient(proportional(state, measured, target, gain, band))
 
-    return Control(init=lambda: jnp.asarray(initial, jnp.float32), update=update, read=lambda state: state)
+    return Control(init=lambda examples: jnp.asarray(initial, jnp.float32), update=update, read=lambda state: state)

@@ -13,7 +13,7 @@ from rl_jax.learner import optimiser, step
 from rl_jax.models.network import Network
 from rl_jax.tasks import judge
 from rl_jax.tasks import task as tasks
-from rl_jax.tasks.stream import Stream
+from rl_jax.tasks.stream import Stream, batch
 from rl_jax.types import Experience, Parameters, Prompts, TrainState, Verdict
 
 
@@ -72,7 +72,7 @@ class PhaseLoop:
     def stream(self, seed: int) -> Stream:
         """The phase's prompts, at their beginning."""
         return Stream(self.task, "train", self.phase.prompts_asked, seed=seed,
-                      need_answers=self.phase.recipe.rollout is None)
+                      need_answers=self.phase.recipe.needs_answers)
 
     def initial_state(self, key: Key[Array, ""], policy: Parameters | None = None) -> TrainState:
         """The state before the first step, with a leading axis of replicas if there are several.
@@ -87,8 +87,12 @@ class PhaseLoop:
 
     def _initialisers(self) -> tuple[Callable[..., TrainState], Callable[..., TrainState]]:
         """Compiled once each: from fresh weights, and from those of the phase before."""
+        examples = self.task.splits["train"]
+        like = batch(self.task, [examples[0]] * self.phase.prompts_asked, need_answers=self.phase.recipe.needs_answers)
+
         def one(key, policy):
-            return step.initial_state(self.phase.recipe, self.network, self.optimiser, key, policy)
+            return step.initial_state(self.phase.recipe, self.network, self.optimiser, key, policy,
+                                      examples=len(examples), carried=self.pieces.carried(like))
 
         if self.phase.scale.seeds == 1:
             return jax.jit(one), jax.jit(one)
@@ -109,9 +113,9 @@ class PhaseLoop:
             self.compiled["step"] = jax.jit(program, donate_argnums=0).lower(state, prompts).compile()
             return self.compiled
         draw, index = step.make_draw(self.pieces), jax.ShapeDtypeStruct((), jnp.int32)
-        lowered = jax.jit(draw).lower(state.parameters, state.key, prompts, index, index)
+        lowered = jax.jit(draw).lower(state, prompts, index)
         self.compiled["draw"] = lowered.compile()
-        samples = jax.eval_shape(draw, state.parameters, state.key, prompts, index, index)
+        samples = jax.eval_shape(draw, state, prompts, index)
         blank = jax.eval_shape(no_verdict(self.task), prompts, samples)
         learn = step.make_learn(self.pieces, self._shown)
         self.compiled["learn"] = jax.jit(learn, donate_argnums=0).lower(state, prompts, samples, blank).compile()
@@ -139,7 +143,7 @@ class PhaseLoop:
         def drawn(prompts, index):
             program = self.prepare(state, prompts)["draw"]
             index = jax.device_put(np.int32(index))
-            return prompts, program(state.parameters, state.key, prompts, index, state.step)
+            return prompts, program(state, prompts, index)
 
         pending = drawn(jax.device_put(next(stream)), 0) if pending is None else pending
         while done < self.phase.scale.steps:

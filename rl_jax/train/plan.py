@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import rich.table
 
+from rl_jax.learner import ask as asking
 from rl_jax.learner import assemble, evaluate, update
 from rl_jax.learner.step import SEED_AXIS
 from rl_jax.train.loop import PhaseLoop
@@ -124,7 +125,7 @@ def _learning(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> list[Row]
         found.append(_analysed(f"{role} forward", policy_of, weights, x))
 
     def gradient(parameters, frozen, x):
-        full = evaluate.with_models(recipe, policy_of, parameters, frozen, x)
+        full = evaluate.with_models(recipe, loop.network, policy_of, parameters, frozen, x)
         return update.make_gradient(recipe, policy_of)(parameters, assemble.with_advantage(recipe, full))
 
     forwards = sum(row.flops for row in found), sum(row.bytes for row in found)
@@ -136,7 +137,7 @@ def _learning(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> list[Row]
         return loop.optimiser.update(gradient, optimiser, parameters)
 
     step = _analysed("optimiser", apply, state.parameters, state.optimiser, state.parameters)
-    times = passes * recipe.schedule.minibatches
+    times = recipe.schedule.updates
     return [*found, Row(step.phase, step.flops * times, step.bytes * times)]
 
 
@@ -144,8 +145,8 @@ def _blank_experience(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> E
     uniforms = loop.pieces.uniforms(state.key, state.step, prompts.lengths.shape[0])
     # the replicas' axis must have a name here too: the sampling loop asks it whether any is unfinished
     ask = jax.vmap(loop.pieces.ask, in_axes=None, out_axes=None, axis_name=SEED_AXIS, axis_size=1)
-    prompts, samples, verdict, _ = ask(state.parameters["policy"], prompts, uniforms, state.step)
-    coefficients = {n: one.read(state.control[n]) for n, one in loop.phase.recipe.schedule.controls.items()}
+    prompts, samples, verdict, *_ = ask(state, prompts, uniforms, state.step)
+    coefficients = asking.coefficients_of(loop.phase.recipe, state.control)
     return assemble.experience(prompts, samples, verdict, coefficients=coefficients)
 
 

@@ -196,7 +196,7 @@ class Session:
             prompts = jax.tree.map(_shape, one.stream(0).__next__())
             draw = steps.make_draw(one.pieces)
             number = jax.ShapeDtypeStruct((), np.int32)
-            samples = jax.eval_shape(draw, like.parameters, like.key, prompts, number, number)
+            samples = jax.eval_shape(draw, like, prompts, number)
             pending = self._saved.restore_pending(latest, (prompts, samples))
         return state, at["done"], pending
 

@@ -22,7 +22,7 @@ def recipe(waves=WAVES):
                   loss=lambda policy, x: policy.logp, weighting=lambda x: x.mask)
 
 
-def draw(parameters, prompts, uniforms, version):
+def draw(parameters, prompts, uniforms, version, coefficient=None):
     """Every token is the number of its prompt, every log-probability the random number it was drawn with."""
     jax.debug.callback(lambda e: ASKED.append(e.tolist()), prompts.example)
     rows = prompts.lengths.shape[0] * G

@@ -61,7 +61,7 @@ def test_every_role_is_evaluated_with_its_own_weights(microbatches):
     parameters = {"policy": POLICY, "critic": critic}
     frozen = {"reference": OTHER, "teacher": jax.tree.map(lambda a: a / 2, POLICY)}
     policy_of, x = evaluate.make_evaluate(NETWORK, TEMPERATURE), experience()
-    full = jax.jit(lambda p, f, x: evaluate.with_models(recipe, policy_of, p, f, x, microbatches))(parameters, frozen, x)
+    full = jax.jit(lambda p, f, x: evaluate.with_models(recipe, NETWORK, policy_of, p, f, x, microbatches))(parameters, frozen, x)
     np.testing.assert_allclose(full.old_logp, logp_of(POLICY, x), atol=1e-5)
     np.testing.assert_allclose(full.reference_logp, logp_of(OTHER, x), atol=1e-5)
     np.testing.assert_allclose(full.teacher_logp, logp_of(frozen["teacher"], x), atol=1e-5)
@@ -91,7 +91,7 @@ def test_what_is_given_is_constant():
     recipe = recipes.replace(grpo.grpo(G), models=("old",))
 
     def total(policy):
-        return evaluate.with_models(recipe, policy_of, {"policy": policy}, {}, x).old_logp.sum()
+        return evaluate.with_models(recipe, NETWORK, policy_of, {"policy": policy}, {}, x).old_logp.sum()
 
     slope = jax.jit(jax.grad(total))(POLICY)
     tiny.same(slope, jax.tree.map(jnp.zeros_like, POLICY))

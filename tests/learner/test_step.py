@@ -79,7 +79,7 @@ def test_two_programs_without_staleness_are_the_one_program():
     draw, learn = jax.jit(step.make_draw(pieces)), jax.jit(step.make_learn(pieces))
     state = tiny.state(RECIPE, TASK, OPTIMISER)
     for index, prompts in enumerate(batches()):
-        samples = draw(state.parameters, state.key, prompts, jnp.int32(index), jnp.int32(index))
+        samples = draw(state, prompts, jnp.int32(index))
         verdict = judge.pure(TASK.verifier)(prompts, samples)
         expected = plain()(state, prompts)
         state, metrics, x = learn(state, prompts, samples, verdict)

@@ -202,7 +202,8 @@ def test_pass_at_k(exact):
     """The unbiased estimate from real samples, in 256 problems of 8, within 4.5 of its own standard errors."""
     draw = step.make_draw(tiny.pieces(reinforce.reinforce(group_size=8), TASK, tiny.recorder()))
     asked = tiny.prompts(TASK, 256)
-    samples = jax.jit(draw)({"policy": weights(0)}, jax.random.key(2), asked, jnp.int32(0), jnp.int32(0))
+    state = tiny.state(reinforce.reinforce(group_size=8), TASK, tiny.recorder(), seed=2, policy=weights(0))
+    samples = jax.jit(draw)(state, asked, jnp.int32(0))
     facts = jax.tree.map(lambda a: jnp.repeat(a, 8, axis=0), asked.facts)
     score, _ = TASK.verifier.score(facts, samples.tokens, samples.mask)
     for k in (1, 2, 4, 8):

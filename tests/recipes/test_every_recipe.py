@@ -85,7 +85,8 @@ def test_what_was_not_chosen_is_never_read(case):
 
     scrambled_x = dataclasses.replace(
         x, tokens=jnp.where(x.mask, x.tokens, 3), rollout_logp=scrambled(x.rollout_logp),
-        rollout_entropy=scrambled(x.rollout_entropy), given={n: scrambled(v) for n, v in x.given.items()})
+        rollout_entropy=scrambled(x.rollout_entropy), given={n: scrambled(v) for n, v in x.given.items()},
+        views=jax.tree.map(scrambled, x.views))
     found, found_gradient = run(jax.tree.map(scrambled, policy), scrambled_x)
     same(found, out)
     same(found_gradient, gradient)
@@ -99,7 +100,8 @@ def test_what_is_constant_gets_no_gradient(case):
     def loss(constant):
         return update.batch_loss(recipe, policy, dataclasses.replace(x, **constant))[0]
 
-    constant = {name: getattr(x, name) for name in ("given", "rollout_logp", "rollout_entropy", "score", "reward")}
+    names = ("given", "views", "rollout_logp", "rollout_entropy", "score", "reward")
+    constant = {name: getattr(x, name) for name in names}
     for values in jax.tree.leaves(jax.jit(jax.grad(loss))(constant)):
         np.testing.assert_array_equal(values, 0.0)
 
@@ -113,7 +115,8 @@ def test_padding_changes_nothing(case):
 
     longer = dataclasses.replace(
         x, tokens=padded(x.tokens), mask=padded(x.mask), rollout_logp=padded(x.rollout_logp),
-        rollout_entropy=padded(x.rollout_entropy), given={n: padded(v) for n, v in x.given.items()})
+        rollout_entropy=padded(x.rollout_entropy), given={n: padded(v) for n, v in x.given.items()},
+        fresh=padded(x.fresh), turn=padded(x.turn), views=jax.tree.map(padded, x.views))
     found, found_gradient = jax.jit(loss_and_gradient(recipe))(jax.tree.map(padded, policy), longer)
     same(found, out)
     same(found_gradient, jax.tree.map(padded, gradient))
@@ -181,10 +184,13 @@ def test_learns_a_two_armed_bandit(case):
         verdict = Verdict(score=(tokens[:, 0] == 1).astype(jnp.float32), parts={}, failed=jnp.zeros(n, bool))
         x = assemble.experience(prompts, samples, verdict, coefficients=toy.coefficients(recipe))
         now = toy.evaluate(parameters, x)
-        known = {"reference": toy.evaluate(start, x).logp, "old": now.logp, "critic": now.values,
-                 "teacher": toy.evaluate(teacher, x).logp}
-        x = dataclasses.replace(x, rollout_logp=now.logp, rollout_entropy=now.entropy,
-                                given={toy.GIVEN[model]: known[model] for model in recipe.models})
+        probability = jax.nn.softmax(parameters["logits"])[0]
+        known = {"reference_logp": toy.evaluate(start, x).logp, "old_logp": now.logp, "values": now.values,
+                 "teacher_logp": toy.evaluate(teacher, x).logp, "second_moment": jnp.full((n, 1), (probability**2).sum()),
+                 "third_moment": jnp.full((n, 1), (probability**3).sum()), "hidden_square": jnp.ones((n, 1))}
+        x = dataclasses.replace(
+            x, rollout_logp=now.logp, rollout_entropy=now.entropy, views={name: now.logp for name in recipe.views},
+            given={name: known[name] for model in recipe.models for name in toy.GIVEN[model]})
         parameters, state, _ = passes(parameters, state, assemble.with_advantage(recipe, x), deal)
         return (parameters, state), None
 

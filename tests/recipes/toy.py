@@ -10,7 +10,8 @@ from rl_jax.recipe import Recipe
 from rl_jax.types import Evaluated, Experience, Prompts, Samples, Verdict
 
 PROMPTS, TIME, VOCABULARY = 6, 6, 5
-GIVEN = {"reference": "reference_logp", "old": "old_logp", "teacher": "teacher_logp", "critic": "values"}
+GIVEN = {"reference": ("reference_logp",), "old": ("old_logp",), "teacher": ("teacher_logp",), "critic": ("values",),
+         "moments": ("second_moment", "third_moment", "hidden_square")}
 
 
 def prompts(count: int) -> Prompts:
@@ -22,7 +23,7 @@ def prompts(count: int) -> Prompts:
 
 def coefficients(recipe: Recipe) -> dict:
     """First values of the recipe's adapting coefficients."""
-    return {name: control.read(control.init()) for name, control in recipe.schedule.controls.items()}
+    return {name: control.read(control.init(64)) for name, control in recipe.schedule.controls.items()}
 
 
 def experience(recipe: Recipe, seed: int = 0) -> Experience:
@@ -48,7 +49,14 @@ def experience(recipe: Recipe, seed: int = 0) -> Experience:
                       version=jnp.zeros(shape[0], int))
     verdict = Verdict(score=jnp.asarray(score, jnp.float32), parts={}, failed=jnp.asarray(failed))
     x = assemble.experience(prompts(PROMPTS), samples, verdict, coefficients=coefficients(recipe))
-    return dataclasses.replace(x, given={GIVEN[model]: logp() for model in recipe.models})
+    given = {name: logp() for model in recipe.models for name in GIVEN[model]}
+    for name in GIVEN["moments"]:  # sums of powers of probabilities, and a squared norm
+        given |= {name: jnp.exp(given[name])} if name in given else {}
+    seed = jnp.asarray(rng.integers(0, 2**32, shape[0], dtype=np.uint32))
+    # the second half of an answer is its second turn; prompts belong to two domains
+    turn = jnp.broadcast_to(jnp.arange(TIME) // (TIME // 2), shape)
+    return dataclasses.replace(x, given=given, seed=seed, turn=turn, domain=jnp.asarray(prompt % 2),
+                               views={name: logp() for name in recipe.views} or None)
 
 
 def policy(x: Experience, seed: int = 1) -> Evaluated:

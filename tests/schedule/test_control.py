@@ -34,13 +34,13 @@ def batch(gap):
         tokens=jnp.zeros((n, t), int), mask=jnp.asarray(MASK), rollout_logp=zeros, rollout_entropy=zeros,
         finished=jnp.ones(n, bool), version=jnp.zeros(n, int), score=jnp.zeros(n), reward=jnp.zeros(n),
         group=jnp.arange(n), parts={}, failed=jnp.zeros(n, bool), given={"reference_logp": zeros})
-    return x, Evaluated(logp=jnp.where(MASK, gap * 2 / 5, jnp.nan), entropy=zeros)
+    return x, Evaluated(logp=jnp.where(MASK, gap * 2 / 5, jnp.nan), entropy=zeros), {}
 
 
 def test_the_coefficient_rises_above_the_target_and_falls_below():
     made = control.adaptive_kl(0.5, target=2.0)
     update = jax.jit(made.update)
-    state = made.init()
+    state = made.init(64)
     assert made.read(state) == 0.5
     np.testing.assert_allclose(made.read(update(state, *batch(9.0))), 0.5 * 1.02, rtol=1e-6)
     np.testing.assert_allclose(made.read(update(state, *batch(1.8))), 0.5 * 0.99, rtol=1e-6)
@@ -49,16 +49,16 @@ def test_the_coefficient_rises_above_the_target_and_falls_below():
 
 def test_the_state_keeps_its_shape_and_dtype():
     made = control.adaptive_kl(1.0, target=6.0)
-    state = made.init()
+    state = made.init(64)
     new = made.update(state, *batch(9.0))
     assert (new.shape, new.dtype) == (state.shape, state.dtype)
 
 
 def test_a_control_without_the_reference_says_what_to_ask_for():
     made = control.adaptive_kl(1.0, target=6.0)
-    x, policy = batch(1.0)
+    x, policy, metrics = batch(1.0)
     with pytest.raises(ValueError, match="reference"):
-        made.update(made.init(), dataclasses.replace(x, given={}), policy)
+        made.update(made.init(64), dataclasses.replace(x, given={}), policy, metrics)
 
 
 @pytest.mark.parametrize("initial, target", [(0.0, 1.0), (1.0, 0.0)])

@@ -34,7 +34,7 @@ def state(seed: int = 0) -> TrainState:
     updated = optimiser.update(gradient, optimiser.init(parameters), parameters)[1]
     return TrainState(step=jnp.asarray(seed + 7, jnp.int32), key=jax.random.fold_in(jax.random.key(3), seed),
                       parameters=parameters, optimiser=updated, frozen={"reference": parameters["policy"]},
-                      control={"beta": CONTROL.init()}, skipped=jnp.asarray(2, jnp.int32))
+                      control={"beta": CONTROL.init(64)}, skipped=jnp.asarray(2, jnp.int32), carried={})
 
 
 def shapes(tree):

@@ -5,7 +5,8 @@ from rl_jax.recipe import Recipe, Rollout, Schedule, recipe
 from rl_jax.weighting import aggregate
 
 
-@recipe(paper="arXiv:2402.03300")
+@recipe(paper="arXiv:2402.03300", confidence="verified",
+        title="DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models")
 def grpo(group_size: int = 8, clip: float = 0.2, beta: float = 0.04, epsilon: float = 1e-6, epochs: int = 1,
          minibatches: int = 1) -> Recipe:
     """Clipped ratio times group z-score, plus beta k3 to the reference, mean over sequences of token means.

@@ -6,7 +6,8 @@ from rl_jax.recipe import Recipe, Rollout, Schedule, recipe
 from rl_jax.weighting import aggregate
 
 
-@recipe(paper="arXiv:1707.06347")
+@recipe(paper="arXiv:1707.06347", confidence="verified",
+        title="Proximal Policy Optimization Algorithms")
 def ppo(clip: float = 0.2, value_clip: float = 0.5, value_coefficient: float = 1.0, discount: float = 1.0,
         decay: float = 0.95, epochs: int = 4, minibatches: int = 1) -> Recipe:
     """Clipped ratio times whitened GAE, plus the critic's clipped squared error, per token.

@@ -5,7 +5,8 @@ from rl_jax.recipe import Recipe, Rollout, recipe
 from rl_jax.weighting import aggregate
 
 
-@recipe(paper="Williams 1992, Machine Learning 8, doi:10.1007/BF00992696")
+@recipe(paper="Williams 1992, Machine Learning 8, doi:10.1007/BF00992696", confidence="verified",
+        title="Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning")
 def reinforce(group_size: int = 1, baseline: float = 0.0) -> Recipe:
     """-(R - b) log p of the answer.
 

@@ -6,7 +6,8 @@ from rl_jax.reward import combine
 from rl_jax.weighting import aggregate
 
 
-@recipe(paper="arXiv:2402.14740")
+@recipe(paper="arXiv:2402.14740", confidence="verified",
+        title="Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs")
 def rloo(group_size: int = 4, beta: float = 0.0) -> Recipe:
     """-(R_i - mean of the other R) log p of the answer, with the KL inside R.
 

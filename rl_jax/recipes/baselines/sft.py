@@ -4,7 +4,8 @@ from rl_jax.recipe import Recipe, recipe
 from rl_jax.weighting import aggregate
 
 
-@recipe(paper="arXiv:2203.02155")
+@recipe(paper="arXiv:2203.02155", confidence="verified",
+        title="Training language models to follow instructions with human feedback")
 def sft() -> Recipe:
     """Mean negative log-likelihood of the answers' tokens; nothing is drawn.
 

@@ -7,7 +7,8 @@ from rl_jax.selection import outcome
 from rl_jax.weighting import aggregate
 
 
-@recipe(paper="arXiv:2503.14476")
+@recipe(paper="arXiv:2503.14476", confidence="verified",
+        title="DAPO: An Open-Source LLM Reinforcement Learning System at Scale")
 def dapo_decoupled_clip(group_size: int = 16, clip_low: float = 0.2, clip_high: float = 0.28, resample: int = 2,
                         limit: int = 20480, buffer: int = 4096) -> Recipe:
     """Clipped ratio times group z-score, mean over all tokens of the batch; no KL.
