@@ -40,7 +40,8 @@ def case(request):
     """Recipe, its compiled loss and gradient, a batch, a policy, and what comes out."""
     recipe = factory(request.param)()
     x = toy.experience(recipe)
-    policy, run = toy.policy(x), jax.jit(loss_and_gradient(recipe))
+    chex.clear_trace_counter()
+    policy, run = toy.policy(x), jax.jit(chex.assert_max_traces(loss_and_gradient(recipe), 1))
     return recipe, run, x, policy, run(policy, x)
 
 
@@ -139,8 +140,50 @@ def test_order_changes_nothing(case, within):
     same(found_gradient, jax.tree.map(lambda a: a[rows], gradient))
 
 
+DEGENERATE = {
+    "all rewards are 0": lambda x, policy: (scored(x, 0.0), policy),
+    "all rewards are 1": lambda x, policy: (scored(x, 1.0), policy),
+    "nothing was chosen": lambda x, policy: (masked(x, False), policy),
+    "one answer has tokens": lambda x, policy: (masked(x, jnp.arange(x.mask.shape[0])[:, None] == 3), policy),
+    "the policy has not moved": lambda x, policy: (x, moved(x, policy, 0.0)),
+    "ratios of e^20": lambda x, policy: (x, moved(x, policy, 20.0)),
+    "ratios of e^-20": lambda x, policy: (x, moved(x, policy, -20.0)),
+    "ratios of e^-80": lambda x, policy: (x, moved(x, policy, -80.0)),
+    "ratios of both kinds": lambda x, policy: (x, moved(x, policy, 20.0 * (-1) ** jnp.arange(x.mask.shape[1])[None])),
+    "no entropy": lambda x, policy: (dataclasses.replace(x, rollout_entropy=jnp.zeros(x.mask.shape)),
+                                     dataclasses.replace(policy, entropy=jnp.zeros(x.mask.shape))),
+}
+
+
+def scored(x, value):
+    score = jnp.full_like(x.score, value)
+    return dataclasses.replace(x, score=score, reward=score)
+
+
+def masked(x, kept):
+    return dataclasses.replace(x, mask=x.mask & kept, fresh=x.fresh & kept)
+
+
+def moved(x, policy, nats):
+    return dataclasses.replace(policy, logp=x.rollout_logp + nats)
+
+
+@pytest.mark.parametrize("kind", DEGENERATE)
+def test_finite_in_every_degenerate_batch(case, kind):
+    _, run, x, policy, _ = case
+    x, policy = DEGENERATE[kind](x, policy)
+    (loss, extras), gradient = run(policy, x)
+    chex.assert_tree_all_finite((loss, extras, gradient))
+    if kind == "nothing was chosen":
+        assert loss == 0 and all((values == 0).all() for values in jax.tree.leaves(gradient))
+
+
 def test_microbatches_add_up_to_the_same_gradient(case):
     recipe, _, x, _, _ = case
+    if recipe.indivisible:
+        with pytest.raises(ValueError, match="cannot be cut into 2 pieces"):
+            update.make_gradient(recipe, toy.evaluate, 2)
+        return
     x = jax.jit(lambda x: assemble.with_advantage(recipe, x))(x)
     whole, parts = (jax.jit(update.make_gradient(recipe, toy.evaluate, n))(toy.parameters(), x) for n in (1, 2))
     same(parts[0], whole[0])
@@ -149,18 +192,9 @@ def test_microbatches_add_up_to_the_same_gradient(case):
 
 
 def test_the_second_call_does_not_retrace(case):
-    recipe, _, x, policy, _ = case
-    traces = []
-
-    def counted(policy, x):
-        traces.append(recipe.name)
-        return loss_and_gradient(recipe)(policy, x)
-
-    run = jax.jit(counted)
-    run(policy, x)
+    recipe, run, *_ = case  # `run` raises if it is traced again
     other = toy.experience(recipe, seed=5)
     chex.assert_tree_all_finite(run(toy.policy(other, seed=6), other))
-    assert traces == [recipe.name]
 
 
 def test_learns_a_two_armed_bandit(case):

@@ -26,13 +26,13 @@ def coefficients(recipe: Recipe) -> dict:
     return {name: control.read(control.init(64)) for name, control in recipe.schedule.controls.items()}
 
 
-def experience(recipe: Recipe, seed: int = 0) -> Experience:
+def experience(recipe: Recipe, seed: int = 0, count: int = PROMPTS) -> Experience:
     """Samples with holes, one empty, one full and one failed sequence; odd samples are right, and all of prompt 1.
 
     What the recipe asked for is there and nothing else, so reading more is an error.
     """
     rng = np.random.default_rng(seed)
-    shape = (PROMPTS * recipe.group_size, TIME)
+    shape = (count * recipe.group_size, TIME)
     length = rng.integers(1, TIME + 1, shape[0])
     mask = (np.arange(TIME) < length[:, None]) & (rng.random(shape) < 0.8)
     mask[:, 0] = True
@@ -48,7 +48,7 @@ def experience(recipe: Recipe, seed: int = 0) -> Experience:
                       rollout_logp=logp(), rollout_entropy=-logp(), finished=jnp.asarray(length < TIME),
                       version=jnp.zeros(shape[0], int))
     verdict = Verdict(score=jnp.asarray(score, jnp.float32), parts={}, failed=jnp.asarray(failed))
-    x = assemble.experience(prompts(PROMPTS), samples, verdict, coefficients=coefficients(recipe))
+    x = assemble.experience(prompts(count), samples, verdict, coefficients=coefficients(recipe))
     given = {name: logp() for model in recipe.models for name in GIVEN[model]}
     for name in GIVEN["moments"]:  # sums of powers of probabilities, and a squared norm
         given |= {name: jnp.exp(given[name])} if name in given else {}
