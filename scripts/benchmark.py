@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py replicas   seeds=16 with steps_per_call=50 against 16 runs of single steps
 python scripts/benchmark.py programs   two programs with the host scoring in between, against one with a callback
+python scripts/benchmark.py recipes    a step of every recipe against a step of baselines.grpo, as many answers in each
 """
 # workers of a host verifier import this file: heavy imports stay inside the functions
 import dataclasses
@@ -26,6 +27,7 @@ class Row:
     ours_s: float
     other_s: float
     target: float | None = None
+    remark: str = ""
 
     @property
     def ratio(self) -> float:
@@ -40,19 +42,19 @@ def main(arguments: list[str]) -> None:
     import rich.table
 
     logging.set_verbosity(logging.WARNING)
-    benchmarks = {"replicas": replicas, "programs": programs}
+    benchmarks = {"replicas": replicas, "programs": programs, "recipes": recipes}
     if len(arguments) != 2 or arguments[1] not in benchmarks:
         sys.exit(f"usage: benchmark.py {{{','.join(benchmarks)}}}")
     device = jax.devices()[0]
     table = rich.table.Table(
         title=f"{arguments[1]}: {device.device_kind}, jax {jax.__version__}, {time.strftime('%Y-%m-%d')}",
         title_justify="left")
-    for column in ("workload", "ours, ms", "other, ms", "ratio", "target"):
-        table.add_column(column, justify="left" if column == "workload" else "right")
+    for column in ("workload", "ours, ms", "other, ms", "ratio", "target", "remark"):
+        table.add_column(column, justify="left" if column in ("workload", "remark") else "right")
     rows = benchmarks[arguments[1]]()
     for row in rows:
         table.add_row(row.name, f"{row.ours_s * 1e3:.3f}", f"{row.other_s * 1e3:.3f}", f"{row.ratio:.2f}x",
-                      "" if row.target is None else f"{row.target:g}x")
+                      "" if row.target is None else f"{row.target:g}x", row.remark)
     rich.console.Console(width=120).print(table)
     if _CHECK.value and any(row.target is not None and row.ratio < row.target for row in rows):
         sys.exit(1)
@@ -143,6 +145,64 @@ def programs() -> Sequence[Row]:
         split, one = ticks("split"), ticks("one")
         ours, other = alternating(lambda: run(split), lambda: run(one))
     return [Row("chain_sum, 128 x 8 answers, host verifier: split", ours / 10, other / 10)]
+
+
+def recipes() -> Sequence[Row]:
+    """Seconds per step of every recipe ("other") against baselines.grpo's ("ours"): `chain`, 256 answers a step."""
+    from rl_jax import experiment
+    from rl_jax.models.network import Network
+    from rl_jax.models.transformer import Shape
+    from rl_jax.tasks.toys import chain
+
+    task = chain.chain(8)
+    network = Network(Shape(vocabulary=task.tokenizer.size, width=128, layers=2, heads=4, key_heads=2, head_size=32,
+                            inner=256))
+    grpo, rows = _stepper(task, network, "baselines.grpo")[1], []
+    for name in experiment.names("rl_jax.recipes"):
+        recipe, one = _stepper(task, network, name)
+        ours, other = alternating(grpo, one)
+        rows.append(Row(name, ours / 4, other / 4, remark=_unlike_grpo(recipe)))
+    return rows
+
+
+def _stepper(task, network, name):
+    """A recipe with 8 answers to each of 32 prompts where it lets one choose, and a function that makes 4 steps."""
+    import inspect
+
+    import jax
+
+    from rl_jax import experiment
+    from rl_jax.experiment import Phase, Scale
+    from rl_jax.learner.optimiser import Optimiser
+    from rl_jax.train import loop
+
+    factory = experiment.find("recipe", "rl_jax.recipes", name)
+    recipe = factory(**{"group_size": 8} if "group_size" in inspect.signature(factory).parameters else {})
+    phase = Phase(recipe, Optimiser(), Scale(steps=10_000_000, prompts_per_step=256 // recipe.group_size))
+    one = loop.PhaseLoop(phase, task, network, shown_groups=1)
+    ticks = one.ticks(one.initial_state(jax.random.key(0)), one.stream(0))
+
+    def four_steps():
+        for _ in range(4):
+            tick = next(ticks)
+        jax.block_until_ready((tick.state, tick.metrics))
+
+    return recipe, four_steps
+
+
+def _unlike_grpo(recipe):
+    """What a recipe does per batch that baselines.grpo does not, or the other way round."""
+    found = [] if recipe.schedule.updates == 1 else [f"{recipe.schedule.updates} optimiser steps"]
+    found += [f"+{model}" for model in recipe.models if model != "reference"]
+    found += [] if "reference" in recipe.models else ["no reference"]
+    found += [f"+view {name}" for name in recipe.views]
+    if recipe.rollout is None:
+        return ", ".join([*found, "draws nothing"])
+    found += [f"up to {1 + recipe.rollout.resample} waves of prompts"] if recipe.rollout.resample else []
+    found += [f"{recipe.rollout.replay} earlier batches"] if recipe.rollout.replay else []
+    found += [f"windows of {recipe.rollout.window} tokens"] if recipe.rollout.window else []
+    found += ["no shared prompts"] if recipe.group_size == 1 else []
+    return ", ".join(found)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """The recipe record: what the decorator writes, what replace exchanges, what is refused."""
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from rl_jax.recipe import Recipe, Rollout, Schedule, recipe, replace
+from rl_jax.learner import assemble, update
+from rl_jax.recipe import Recipe, Rollout, Schedule, StepScale, Turns, recipe, replace, with_old_policy
 from rl_jax.recipes.baselines import grpo, rloo
 from rl_jax.recipes.loss import dapo_decoupled_clip
+from rl_jax.types import Evaluated
 
 
 def nothing(x):
@@ -42,7 +46,7 @@ def test_comparing_one_sample_with_itself_is_refused_at_construction(factory):
 
 
 @pytest.mark.parametrize("option", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5},
-                                    {"min_p": 1.0}, {"resample": -1}])
+                                    {"min_p": 1.0}, {"resample": -1}, {"given": 8}, {"window": -1}, {"replay": -1}])
 def test_impossible_sampling_is_refused_by_name(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         Rollout(**option)
@@ -68,6 +72,52 @@ def test_an_unknown_model_is_refused_and_the_allowed_ones_are_named():
 def test_resampling_without_selection_is_refused():
     with pytest.raises(ValueError, match="no selection slot"):
         Recipe(rollout=Rollout(resample=1), loss=nothing, weighting=nothing)
+
+
+def test_growing_answers_can_be_neither_replaced_nor_given():
+    with pytest.raises(ValueError, match="window=4.*resample=1"):
+        Rollout(window=4, resample=1)
+    with pytest.raises(ValueError, match="window=4.*given=1"):
+        Rollout(window=4, given=1)
+
+
+def test_given_answers_in_groups_need_their_log_probability():
+    with pytest.raises(ValueError, match='add "old"'):
+        Recipe(rollout=Rollout(given=1), loss=nothing, weighting=nothing)
+    made = Recipe(rollout=Rollout(given=1), loss=nothing, weighting=nothing, models=("old",))
+    assert made.needs_answers and not Recipe(loss=nothing, weighting=nothing).needs_answers
+
+
+@pytest.mark.parametrize("order", [(), (1, 1), (0, -1)])
+def test_turns_are_numbers_from_0_each_once(order):
+    with pytest.raises(ValueError, match="order"):
+        Turns(order, factor=len)
+
+
+def test_a_variance_of_one_piece_is_refused():
+    with pytest.raises(ValueError, match="pieces=1"):
+        StepScale(scale=len, pieces=1)
+
+
+def test_optimiser_steps_per_batch_count_turns():
+    assert Schedule(epochs=2, minibatches=3, turns=Turns((1, 0), factor=len)).updates == 12
+
+
+def test_any_recipe_can_be_taken_to_the_old_policy_with_a_weight():
+    """Three policies: the ratio is to the old one, the weight says what sampled differently."""
+    logp, old, rollout = (jnp.log(jnp.array([[p, 0.5], [0.3, p]])) for p in (0.5, 0.45, 0.4))
+    x = assemble.of_arrays(rollout, jnp.ones((2, 2), bool), jnp.array([1.0, 0.0]), jnp.zeros(2, jnp.int32), old_logp=old)
+    policy, weight = Evaluated(logp=logp, entropy=-logp), jnp.array([[0.5, 2.0], [1.0, 3.0]])
+    base = grpo.grpo(beta=0.0)
+    made = with_old_policy(base, lambda x: weight, "grpo_corrected")
+    assert made.models == ("old",) and made.name == "grpo_corrected"
+    plain = replace(base, weighting=lambda x: base.weighting(x) * weight)
+    moved = assemble.of_arrays(old, x.mask, x.reward, x.group)
+    np.testing.assert_allclose(update.batch_loss(made, policy, x)[0], update.batch_loss(plain, policy, moved)[0], rtol=1e-6)
+    named = replace(base, loss=lambda policy, x: {"policy": base.loss(policy, x), "other": 0 * policy.logp},
+                    weighting=lambda x: {"policy": base.weighting(x), "other": base.weighting(x)})
+    both = with_old_policy(named, lambda x: weight, "named")
+    np.testing.assert_allclose(update.batch_loss(both, policy, x)[0], update.batch_loss(made, policy, x)[0], rtol=1e-6)
 
 
 def test_given_answers_have_a_group_of_one():

@@ -2,6 +2,9 @@
 import ast
 import pathlib
 import re
+import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -26,6 +29,15 @@ def test_the_recipe_shown_is_the_recipe_shipped():
 @pytest.mark.parametrize("block", BLOCKS)
 def test_every_block_of_code_runs(block):
     exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_one_liner_prints_the_gradient_of_a_gate():
+    """Inside the band the gradient is -A = -+1 / sqrt 2, outside on the side that A pushes to it is 0."""
+    line, = re.findall(r"^python -c .*$", README, re.MULTILINE)
+    done = subprocess.run(shlex.split(line.replace("python", sys.executable, 1)), cwd=ROOT, text=True, capture_output=True,
+                          check=True)
+    numbers = [float(one) for one in re.findall(r"-?\d+\.\d*", done.stdout)]
+    assert numbers == pytest.approx([-0.7071, 0.0, 0.7071, 0.0], abs=1e-4)
 
 
 def test_every_file_it_names_exists():
