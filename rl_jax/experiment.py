@@ -138,7 +138,7 @@ def model_section(**overrides: Any) -> ml_collections.ConfigDict:
 
 
 def section(cls: type, **overrides: Any) -> ml_collections.ConfigDict:
-    """The config section of `Optimiser`, `Scale` or `Run`, defaults filled in."""
+    """The config section of a dataclass of plain values, such as `Optimiser`, `Scale` or `Run`, defaults filled in."""
     return ml_collections.ConfigDict(dataclasses.asdict(cls(**overrides)))
 
 
@@ -149,16 +149,12 @@ def parse(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
       ValueError: naming the field, what was given, what is allowed and what to do.
     """
     config = plain(config)
-    _check_names("config", config, SECTIONS, optional=("before",))
+    check_names("config", config, SECTIONS, optional=("before",))
     run = typed(Run, config["run"], "config.run")
-    task = _named("task", "rl_jax.tasks", config["task"], "config.task")
-    model = dict(config["model"])
-    features = model.pop("features", {})
-    shape = typed(Shape, {**model, **features, "vocabulary": task.tokenizer.size}, "config.model")
-    before = [_phase(one, f"config.before[{i}]") for i, one in enumerate(config.get("before", ()))]
-    phases = (*before, _phase({name: config[name] for name in ("recipe", "optimiser", "scale")}, "config"))
-    experiment = Experiment(task=task, shape=shape, phases=phases, run=run)
-    _check_together(experiment)
+    task = named("task", "rl_jax.tasks", config["task"], "config.task")
+    main = phase({name: config[name] for name in ("recipe", "optimiser", "scale")}, "config")
+    experiment = Experiment(task=task, shape=shape(config["model"], task), phases=(*before(config), main), run=run)
+    check(experiment)
     return experiment
 
 
@@ -197,13 +193,25 @@ def misnamed(config: Any, overrides: Sequence[str]) -> str | None:
 def typed(cls: type, values: Mapping[str, Any], where: str) -> Any:
     """cls(**values) after checking names and types against its fields."""
     fields = typing.get_type_hints(cls)
-    _check_names(where, values, tuple(fields), optional=tuple(fields))
+    check_names(where, values, tuple(fields), optional=tuple(fields))
     return cls(**{name: _checked(value, fields[name], f"{where}.{name}") for name, value in values.items()})
 
 
-def _phase(values: Mapping[str, Any], where: str) -> Phase:
-    _check_names(where, values, ("recipe", "optimiser", "scale"))
-    return Phase(recipe=_named("recipe", "rl_jax.recipes", values["recipe"], f"{where}.recipe"),
+def shape(values: Mapping[str, Any], task: Task) -> Shape:
+    """The network's shape from its section, plain values; the task's tokenizer gives the vocabulary."""
+    rest = {name: value for name, value in values.items() if name != "features"}
+    return typed(Shape, {**rest, **values.get("features", {}), "vocabulary": task.tokenizer.size}, "config.model")
+
+
+def before(config: Mapping[str, Any]) -> tuple[Phase, ...]:
+    """The phases that precede the main one, of a config of plain values."""
+    return tuple(phase(one, f"config.before[{i}]") for i, one in enumerate(config.get("before", ())))
+
+
+def phase(values: Mapping[str, Any], where: str) -> Phase:
+    """The phase of three sections, plain values; errors say `where` it stands."""
+    check_names(where, values, ("recipe", "optimiser", "scale"))
+    return Phase(recipe=named("recipe", "rl_jax.recipes", values["recipe"], f"{where}.recipe"),
                  optimiser=typed(Optimiser, values["optimiser"], f"{where}.optimiser"),
                  scale=typed(Scale, values["scale"], f"{where}.scale"))
 
@@ -221,16 +229,16 @@ def _named_section(kind: str, package: str, name: str, overrides: Mapping[str, A
     return ml_collections.ConfigDict({"name": name, "args": args, "args_of": name})
 
 
-def _named(kind: str, package: str, values: Mapping[str, Any], where: str) -> Any:
-    """Calls the factory that a section names with the section's arguments."""
-    _check_names(where, values, ("name", "args", "args_of"))
+def named(kind: str, package: str, values: Mapping[str, Any], where: str) -> Any:
+    """What the factory that a section names makes of the section's arguments, plain values."""
+    check_names(where, values, ("name", "args", "args_of"))
     factory = find(kind, package, values["name"])
     if values["args_of"] != values["name"]:
         raise ValueError(
             f"{where}.name={values['name']!r}, but {where}.args are those of {values['args_of']!r}. Name the {kind} "
             f"where the config is made, so that its own arguments are filled in: --config=FILE.py:{values['name']}")
     parameters = inspect.signature(factory).parameters
-    _check_names(f"{where}.args", values["args"], tuple(parameters), optional=tuple(parameters))
+    check_names(f"{where}.args", values["args"], tuple(parameters), optional=tuple(parameters))
     hints = typing.get_type_hints(factory)
     args = {name: _checked(value, hints.get(name, Any), f"{where}.args.{name}")
             for name, value in values["args"].items()}
@@ -265,7 +273,9 @@ def names(package: str) -> list[str]:
     return found
 
 
-def _check_names(where: str, values: Mapping[str, Any], allowed: tuple[str, ...], optional: tuple[str, ...] = ()):
+def check_names(where: str, values: Mapping[str, Any], allowed: tuple[str, ...],
+                optional: tuple[str, ...] = ()) -> None:
+    """Refuses a section with a field that is not allowed, or without one that is not optional."""
     unknown = sorted(set(values) - set(allowed))
     missing = sorted(set(allowed) - set(values) - set(optional))
     if unknown:
@@ -291,8 +301,12 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
     raise ValueError(f"{where}={value!r} is of type {type(value).__name__}; allowed is {wanted}.")
 
 
-def _check_together(experiment: Experiment) -> None:
-    """Refuses combinations that each field alone would allow."""
+def check(experiment: Experiment) -> None:
+    """Refuses combinations that each field alone would allow.
+
+    Raises:
+      ValueError: naming the fields, what is allowed and what to do.
+    """
     run, task = experiment.run, experiment.task
     least = {"checkpoint_every": 1, "keep_last": 1, "keep_best": 0, "validate_every": 0, "validation_prompts": 1,
              "validation_samples": 1, "shown_groups": 0, "workers": 1, "seed": 0}

@@ -257,7 +257,7 @@ def with_old_policy(of: Recipe, weight: Callable[[Any], Any], name: str) -> Reci
     """The recipe with its ratio taken to the policy before the batch, and a weight for what sampled differently.
 
     `x.rollout_logp` in its loss is `x.old_logp`; `weight(x)` [N, T], such as
-    `importance.truncated_token(x.old_logp, x.rollout_logp, x.mask, 2.0)`, multiplies the weights of
+    `importance.truncated(importance.per_token(x.old_logp, x.rollout_logp, x.mask), 2.0)`, multiplies the weights of
     the policy's term.
 
     Args:

@@ -5,12 +5,10 @@ that takes a recipe's name is given it after a colon (--config=configs/toys/addm
 A workdir that holds a run of the same config is continued.
 """
 # workers of a host verifier import this file: heavy imports stay inside the functions
-import argparse
 import pathlib
-import runpy
 import sys
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -36,25 +34,7 @@ def main(_: list[str]) -> None:
     print(f"report {finished.report}")
 
 
-def start() -> None:
-    """Hands over to absl; an override that names no field of the config is answered with those that there are."""
-    flags.mark_flags_as_required(["config", "workdir"])
-    try:
-        app.run(main)
-    except (AttributeError, LookupError, TypeError):  # what ml_collections answers such an override with
-        from rl_jax import experiment
-
-        arguments = argparse.ArgumentParser(allow_abbrev=False)
-        arguments.add_argument("--config", "-config")
-        path, _, recipe = arguments.parse_known_args()[0].config.partition(":")
-        config = runpy.run_path(path)["get_config"](*([recipe] if recipe else []))
-        wrong = experiment.misnamed(config, sys.argv[1:])
-        if wrong is None:
-            raise
-        sys.exit(f"ValueError: {wrong}")
-    except ValueError as error:  # the config file's own
-        sys.exit(f"ValueError: {error}")
-
-
 if __name__ == "__main__":
-    start()
+    from rl_jax.train import command
+
+    command.start(main)

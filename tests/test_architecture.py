@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "rl_jax.models": ("rl_jax.models", "rl_jax.types", "kernels_pallas"),
     "rl_jax.learner": LEARNER,
     "rl_jax.learner.step": (*LEARNER, "rl_jax.tasks.judge", "rl_jax.tasks.task"),  # make_step takes a whole task
-    "rl_jax.recipes": ("rl_jax.recipe", "rl_jax.masked", *(f"rl_jax.{stage}" for stage in PURE_STAGES)),
+    "rl_jax.recipes": ("rl_jax.recipe", "rl_jax.masked", "rl_jax.rollout.perturb",
+                       *(f"rl_jax.{stage}" for stage in PURE_STAGES)),
     "rl_jax.tasks": ("rl_jax.tasks", "rl_jax.reward", "rl_jax.types"),
     "rl_jax.experiment": ("rl_jax.learner.optimiser", "rl_jax.models.transformer", "rl_jax.recipe",
                           "rl_jax.tasks.task"),

@@ -6,6 +6,7 @@ and values are constants: no gradient passes.
 """
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 from rl_jax import masked
 from rl_jax.types import Mask, PerSequence, Scalar, Tokens
@@ -35,7 +36,34 @@ def gae(reward_per_token: Tokens, values: Tokens, mask: Mask, discount: Scalar, 
 
     Source: Schulman et al. 2015, arXiv:1506.02438, eq. 16.
     """
-    reward, values = jax.lax.stop_gradient((masked.zeroed(reward_per_token, mask), masked.zeroed(values, mask)))
+    return _backward(reward_per_token, values, mask, jnp.zeros_like(values[:, 0]), discount, decay)
+
+
+def extended_gae(reward_per_token: Tokens, values: Tokens, mask: Mask, cut: Bool[Array, " N"], discount: Scalar,
+                 decay: Scalar) -> Tokens:
+    """`gae`, but V after the last token of an answer that was cut off is V before that token: EGAE.
+
+    So an answer that goes on later is not held to be worth 0 there; with discount 1 its newest token
+    gets its own reward and nothing else.
+
+    Args:
+      reward_per_token: r, in reward units.
+      values: V before the token is chosen, in reward units.
+      mask: which tokens the policy chose, so far.
+      cut: which answers stop before their end.
+      discount: gamma per chosen token, in [0, 1].
+      decay: lambda, in [0, 1]; 1 trusts the rewards, 0 the values.
+
+    Source: Fan et al. 2025, arXiv:2506.15050, "Extended Generalized Advantage Estimation".
+    """
+    after = jnp.where(cut, masked.row_total(values, masked.last(mask)), 0.0)
+    return _backward(reward_per_token, values, mask, after, discount, decay)
+
+
+def _backward(reward: Tokens, values: Tokens, mask: Mask, after: PerSequence, discount: Scalar,
+              decay: Scalar) -> Tokens:
+    """The recursion of `gae` from the last chosen token on, with V after it given and A after it 0."""
+    reward, values, after = jax.lax.stop_gradient((masked.zeroed(reward, mask), masked.zeroed(values, mask), after))
 
     def earlier(later, token):
         next_value, next_advantage = later
@@ -44,8 +72,8 @@ def gae(reward_per_token: Tokens, values: Tokens, mask: Mask, discount: Scalar, 
         now = jnp.where(chosen, value, next_value), jnp.where(chosen, advantage, next_advantage)
         return now, jnp.where(chosen, advantage, 0.0)
 
-    end = jnp.zeros_like(reward[:, 0])
-    return jax.lax.scan(earlier, (end, end), (reward.T, values.T, mask.T), reverse=True)[1].T
+    start = (after, jnp.zeros_like(after))
+    return jax.lax.scan(earlier, start, (reward.T, values.T, mask.T), reverse=True)[1].T
 
 
 def reward_to_go(reward_per_token: Tokens, mask: Mask, discount: Scalar) -> Tokens:

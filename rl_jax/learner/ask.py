@@ -1,4 +1,5 @@
 """From prompts to scored answers, in whichever way the recipe draws them."""
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +54,9 @@ def _in_windows(recipe: Recipe, grow: Callable[..., window.Slots], verdict: coll
         before = state.carried["window"]
         coefficient = assemble.namespace(coefficients_of(recipe, state.control))
         slots = grow(state.parameters["policy"], before, prompts, uniforms, version, coefficient)
-        said = verdict(slots.prompts, slots.samples)
+        said, complete = verdict(slots.prompts, slots.samples), slots.samples.complete
+        # what the verifier says of half an answer is neither a score nor a failure
+        said = dataclasses.replace(said, score=jnp.where(complete, said.score, 0.0), failed=said.failed & complete)
         metrics = diagnostics.of_samples(assemble.experience(slots.prompts, slots.samples, said))
         metrics["rollout/prompts_not_asked"] = before.busy.sum().astype(jnp.float32)
         return slots.prompts, slots.samples, said, metrics, {**state.carried, "window": slots}
@@ -84,11 +87,13 @@ def carries(recipe: Recipe) -> bool:
     return recipe.rollout is not None and (recipe.rollout.window > 0 or recipe.rollout.replay > 0)
 
 
-def room(recipe: Recipe, network: Network, ask: Ask, prompts: Prompts, completion_length: int) -> dict[str, Any]:
+def room(recipe: Recipe, network: Network, ask: Ask, prompts: Prompts, completion_length: int,
+         axis: str | None = None) -> dict[str, Any]:
     """What the first state carries: empty slots for answers in windows, empty places for earlier batches.
 
     Args:
       prompts: a batch of them, for its shapes.
+      axis: the one that `ask` was made for.
     """
     if not carries(recipe):
         return {}
@@ -108,5 +113,7 @@ def room(recipe: Recipe, network: Network, ask: Ask, prompts: Prompts, completio
         row = prompts.lengths.shape[0] * recipe.group_size
         rooms["window"] = window.blank(prompts, window.whole(network, recipe.rollout, row, completion_length), uniforms)
     if recipe.rollout.replay:
+        if axis is not None:  # `ask` looks at all replicas, here at the one whose shapes are wanted
+            asked = jax.vmap(asked, None, None, axis_name=axis, axis_size=1)
         rooms["replay"] = carry.empty(jax.eval_shape(asked, rooms), recipe.rollout.replay)
     return rooms

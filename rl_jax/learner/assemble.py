@@ -86,7 +86,7 @@ def selected(recipe: Recipe, x: Experience) -> Experience:
         return x
     kept = recipe.selection(x)
     if kept.dtype == jnp.bool_:
-        return dataclasses.replace(x, mask=x.mask & kept[:, None])
+        return dataclasses.replace(x, mask=x.mask & kept[:, None], fresh=x.fresh & kept[:, None])
     return dataclasses.replace(taken(x, kept), row=kept)
 
 

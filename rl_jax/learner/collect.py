@@ -38,13 +38,14 @@ def make_collect(recipe: Recipe, draw: Draw, judge: Judge, axis: str | None = No
                 coefficient: Any = None):
         if waves == 1:
             drawn, x = ask(parameters, prompts, uniforms, version, coefficient)
-            return *drawn, diagnostics.of_samples(x)
+            return *drawn, diagnostics.of_samples(x, drawn[1].given)
         pieces = update.cut((prompts, uniforms), waves)
         count = prompts.lengths.shape[0] // waves
         drawn, x = jax.eval_shape(lambda *a: ask(*a, coefficient), parameters, *_wave(pieces, 0), version)
+        shapes = jax.eval_shape(diagnostics.of_samples, x, drawn[1].given)
         empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), drawn)
         empty = (_wave(pieces, 0)[0], *empty[1:])
-        total = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(diagnostics.of_samples, x))
+        total = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
         def body(carry):
             wave, filled, batch, total = carry
@@ -52,7 +53,7 @@ def make_collect(recipe: Recipe, draw: Draw, judge: Judge, axis: str | None = No
             keep = group_kept(recipe, x, count)
             slot = jnp.where(keep, filled + jnp.cumsum(keep) - 1, count)
             batch = jax.tree.map(lambda b, d: _scatter(b, d, slot), batch, drawn)
-            total = jax.tree.map(jnp.add, total, diagnostics.of_samples(x))
+            total = jax.tree.map(jnp.add, total, diagnostics.of_samples(x, drawn[1].given))
             return wave + 1, jnp.minimum(filled + keep.sum(), count), batch, total
 
         def wanting(carry):

@@ -17,7 +17,8 @@ def of_policy(recipe: Recipe, policy: Evaluated, x: Experience, share: Float[Arr
     """Entropy, ratio extremes, clip share and KL estimates; extremes apart, those of parts of a batch add up.
 
     `policy/clip_share` is the share of tokens with credit whose loss has no gradient in their
-    log-probability: what any gate holds back. KL to the reference is k3, in nats per token.
+    log-probability: what any gate holds back. KL to the reference is k3, in nats per token. The gap
+    is that between sampler and trainer, on the tokens drawn in this step.
     """
     policy = jax.lax.stop_gradient(policy)
     metrics = {"policy/entropy": masked.total(policy.entropy * share, x.mask)}
@@ -25,7 +26,7 @@ def of_policy(recipe: Recipe, policy: Evaluated, x: Experience, share: Float[Arr
         change = jnp.where(x.mask, policy.logp - x.rollout_logp, 0.0)
         ratio = jnp.exp(jnp.clip(change, -20, 20))
         metrics |= {
-            "rollout/logp_gap_nats": jnp.abs(change).max(),
+            "rollout/logp_gap_nats": jnp.where(x.fresh, jnp.abs(change), 0.0).max(),
             "policy/kl_rollout": masked.total((ratio - 1 - change) * share, x.mask),
             "policy/ratio_max": jnp.where(x.mask, ratio, 0.0).max(),
             "policy/ratio_min": jnp.where(x.mask, ratio, jnp.inf).min(),
@@ -48,9 +49,14 @@ def _sensitivity(recipe: Recipe, policy: Evaluated, x: Experience) -> Float[Arra
     return jax.grad(total)(policy.logp)
 
 
-def of_samples(x: Experience) -> Metrics:
-    """Score, length, end and failure rates of what was drawn."""
-    known = ~x.failed & x.complete
+def of_samples(x: Experience, given: Bool[Array, " N"] | None = None) -> Metrics:
+    """Score, length, end and failure rates of what was drawn; entropy of the tokens drawn in this step.
+
+    Args:
+      given: which answers nobody drew; None where all were drawn.
+    """
+    drawn = x.complete if given is None else x.complete & ~given
+    known, tokens = drawn & ~x.failed, x.fresh if given is None else x.fresh & ~given[:, None]
     scored = jnp.maximum(known.sum(), 1)
 
     def mean(values):
@@ -61,8 +67,8 @@ def of_samples(x: Experience) -> Metrics:
         "reward/solved": mean((x.score >= 1).astype(jnp.float32)),
         "reward/failed": x.failed.sum().astype(jnp.float32),
         "rollout/length": mean(x.mask.sum(axis=1)),
-        "rollout/finished": x.finished.mean(),
-        "rollout/entropy": masked.mean(x.rollout_entropy, x.mask),
+        "rollout/finished": (x.finished & drawn).sum() / jnp.maximum(drawn.sum(), 1),
+        "rollout/entropy": masked.mean(x.rollout_entropy, tokens),
         **{f"reward/{name}": mean(values) for name, values in x.parts.items()},
     }
 
@@ -79,19 +85,19 @@ def joined(metrics: Any) -> Metrics:
 def averaged(metrics: Any, taken: Bool[Array, " K"] | None = None) -> Metrics:
     """Metrics stacked over optimiser steps, as one number each: means and extremes.
 
-    The gap between sampler and trainer is that of the first step, before anything was learned;
+    The gap between sampler and trainer is that of the first step taken, before anything was learned;
     skipped steps are counted.
 
     Args:
       taken: which of the steps were taken, and count in the means; all of them if None.
     """
-    def mean(values):
-        if taken is None:
-            return values.mean(axis=0)
-        return jnp.where(taken, values, 0.0).sum() / jnp.maximum(taken.sum(), 1)
-
-    return {**{name: _extreme(name, values, mean(values)) for name, values in metrics.items()},
-            **{name: metrics[name][0] for name in ("rollout/logp_gap_nats",) if name in metrics},
+    first, count = 0, metrics["gradient/skipped"].shape[0]
+    if taken is not None:
+        first, count = taken.argmax(), jnp.maximum(taken.sum(), 1)
+        metrics = {name: jnp.where(taken, values, jnp.inf if name in MINIMA else 0.0)
+                   for name, values in metrics.items()}
+    return {**{name: _extreme(name, values, values.sum(axis=0) / count) for name, values in metrics.items()},
+            **{name: metrics[name][first] for name in ("rollout/logp_gap_nats",) if name in metrics},
             "gradient/skipped": metrics["gradient/skipped"].sum(axis=0)}
 
 

@@ -138,7 +138,7 @@ def make_pieces(recipe: Recipe, task: tasks.Task, network: Network, optimiser: o
         return decode.make_uniforms(jax.random.fold_in(key, 2 * index), prompts, group, task.completion_length)
 
     def carried(prompts: Prompts) -> dict[str, Any]:
-        return asking.room(recipe, network, ask, prompts, task.completion_length)
+        return asking.room(recipe, network, ask, prompts, task.completion_length, axis)
 
     return Pieces(uniforms=uniforms, ask=ask, learn=learn, carried=carried)
 
@@ -214,7 +214,7 @@ def make_learn(pieces: Pieces,
                shown_groups: int | None = None) -> Callable[..., tuple[TrainState, Metrics, Experience]]:
     """The second of two programs: learn(state, prompts, samples, verdict) -> (state, metrics, experience)."""
     def learn(state: TrainState, prompts: Prompts, samples: Samples, verdict: Verdict):
-        metrics = diagnostics.of_samples(assemble.experience(prompts, samples, verdict))
+        metrics = diagnostics.of_samples(assemble.experience(prompts, samples, verdict), samples.given)
         state, learnt, x = pieces.learn(state, prompts, samples, verdict)
         return state, {**metrics, **learnt}, first_groups(x, shown_groups)
 

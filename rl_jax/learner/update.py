@@ -209,21 +209,25 @@ def make_passes(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTra
 
 def make_turns(turns: Turns, update: Callable[..., Any], evaluate: Evaluate) -> Callable[..., Any]:
     """Returns update(parameters, optimiser_state, x): one optimiser step per turn, in the order of `turns`."""
+    def logp_of(parameters, x):
+        return jax.lax.stop_gradient(jnp.where(x.mask, evaluate(parameters, x).logp, 0.0))
+
     def in_turn(parameters: Parameters, state: Any, x: Experience) -> tuple[Parameters, Any, Metrics]:
-        def one(carry, turn):
-            parameters, state, factor, logp = carry
-            mask = x.mask & (x.turn == turn)
+        def taken(mask, parameters, state, factor, logp):
             part = dataclasses.replace(x, mask=mask, given={
                 **x.given, "old_logp": logp, "advantage": x.advantage * factor[:, None]})
-            *stepped, metrics = update(parameters, state, part)
-            present = mask.any()
-            parameters, state = jax.tree.map(lambda new, old: jnp.where(present, new, old), tuple(stepped),
-                                             (parameters, state))
-            after = jax.lax.stop_gradient(jnp.where(x.mask, evaluate(parameters, x).logp, 0.0))
-            return (parameters, state, turns.factor(factor, after, logp, mask), after), (metrics, present)
+            parameters, state, metrics = update(parameters, state, part)
+            after = logp_of(parameters, x)
+            return (parameters, state, turns.factor(factor, after, logp, mask), after), metrics
 
-        first = jax.lax.stop_gradient(jnp.where(x.mask, evaluate(parameters, x).logp, 0.0))
-        start = (parameters, state, jnp.ones(x.mask.shape[0]), first)
+        start = (parameters, state, jnp.ones(x.mask.shape[0]), logp_of(parameters, x))
+        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(taken, x.mask, *start)[1])
+
+        def one(carry, turn):
+            mask = x.mask & (x.turn == turn)
+            carry, metrics = jax.lax.cond(mask.any(), taken, lambda mask, *carry: (carry, nothing), mask, *carry)
+            return carry, (metrics, mask.any())
+
         (parameters, state, _, _), (metrics, present) = jax.lax.scan(one, start, jnp.asarray(turns.order))
         return parameters, state, diagnostics.averaged(metrics, present)
 

@@ -70,10 +70,11 @@ def make_window(network: Network, rollout: Rollout, *, completion_length: int, e
             return jnp.where(fresh.reshape(*fresh.shape, *[1] * (new.ndim - 2)), new, old)
 
         mask = samples.mask | fresh
-        finished = samples.finished | (drawn.finished & allowed.any(axis=1) & _has_end(drawn, allowed, end_id))
+        finished = samples.finished | (allowed & (drawn.tokens == end_id)).any(axis=1)
         ended = (finished | mask.all(axis=1)).reshape(-1, group).all(axis=1)
         samples = Samples(
-            tokens=put(samples.tokens, drawn.tokens), mask=mask, rollout_logp=put(samples.rollout_logp, drawn.rollout_logp),
+            tokens=jnp.where(mask, put(samples.tokens, drawn.tokens), pad_id), mask=mask,
+            rollout_logp=put(samples.rollout_logp, drawn.rollout_logp),
             rollout_entropy=put(samples.rollout_entropy, drawn.rollout_entropy), finished=finished,
             version=jnp.where(fresh.any(axis=1), version, samples.version), support=put(samples.support, drawn.support),
             complete=jnp.repeat(ended, group), fresh=fresh)
@@ -107,10 +108,6 @@ def _choose(busy: Bool[Array, " P"], old: Array, new: Array) -> Array:
     """Rows of the busy prompts from `old`, the others from `new`; rows are P or P times G."""
     rows = jnp.repeat(busy, old.shape[0] // busy.shape[0])
     return jnp.where(rows.reshape(-1, *[1] * (old.ndim - 1)), old, new)
-
-
-def _has_end(drawn: Samples, allowed: Bool[Array, "N W"], end_id: int) -> Bool[Array, " N"]:
-    return (allowed & (drawn.tokens == end_id)).any(axis=1)
 
 
 def _with_answer_so_far(prompts: Prompts, tokens: Int[Array, "N T"], length: Int[Array, " N"], group: int) -> Prompts:

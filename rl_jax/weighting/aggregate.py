@@ -1,7 +1,7 @@
 """How token losses become one number: weights [N, T] such that sum(loss * weight) is the aggregate.
 
 Weights are 0 where nothing was chosen. A sequence without chosen tokens adds 0 and still counts
-as one of the N sequences.
+as one of the N sequences, unless a name says `present`: published code differs there.
 """
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -52,3 +52,25 @@ def fixed_norm(mask: Mask, length: Scalar) -> Float[Array, "N T"]:
     Source: Liu et al. 2025, arXiv:2503.20783, section 3.2.
     """
     return mask / (mask.shape[0] * length)
+
+
+def present_sequence_mean_token_mean(mask: Mask) -> Float[Array, "N T"]:
+    """m / (n_i N'): `sequence_mean_token_mean` over the N' sequences that have chosen tokens.
+
+    Args:
+      mask: m, which tokens the policy chose.
+
+    Source: verl, github.com/volcengine/verl, core_algos.agg_loss, "seq-mean-token-mean".
+    """
+    return present_sequence_mean_token_sum(mask) / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
+
+
+def present_sequence_mean_token_sum(mask: Mask) -> Float[Array, "N T"]:
+    """m / N': `sequence_mean_token_sum` over the N' sequences that have chosen tokens.
+
+    Args:
+      mask: m, which tokens the policy chose.
+
+    Source: verl, github.com/volcengine/verl, core_algos.agg_loss, "seq-mean-token-sum".
+    """
+    return mask / jnp.maximum(mask.any(axis=1).sum(), 1)

@@ -16,10 +16,12 @@ VALUES = np.where(MASK, numeric.normal(1, 5, 7), np.nan)
 DISCOUNT, DECAY = 0.9, 0.8
 
 
-def oracle_gae(discount, decay):
+def oracle_gae(discount, decay, cut=(False,) * 5):
+    """With V after a row that is cut equal to V before its last token."""
     out = np.zeros(MASK.shape)
     for i in range(MASK.shape[0]):
-        value, advantage = 0.0, 0.0
+        chosen = [t for t in range(MASK.shape[1]) if MASK[i, t]]
+        value, advantage = float(VALUES[i, chosen[-1]]) if cut[i] and chosen else 0.0, 0.0
         for t in reversed(range(MASK.shape[1])):
             if MASK[i, t]:
                 delta = float(REWARD[i, t]) + discount * value - float(VALUES[i, t])
@@ -79,8 +81,53 @@ def test_at_last_token():
     np.testing.assert_array_equal(found, expected)
 
 
+# What is not at its end yet
+
+
+CUT = np.array([True, False, True, True, False])
+
+
+def test_extended_gae_against_loops():
+    found = numeric.in_float64(temporal.extended_gae, REWARD, VALUES, MASK, CUT, DISCOUNT, DECAY)
+    np.testing.assert_allclose(found, oracle_gae(DISCOUNT, DECAY, CUT), rtol=1e-12)
+
+
+def test_extended_gae_is_gae_where_nothing_is_cut():
+    found = numeric.in_float64(temporal.extended_gae, REWARD, VALUES, MASK, np.zeros(5, bool), DISCOUNT, DECAY)
+    np.testing.assert_array_equal(found, numeric.in_float64(temporal.gae, REWARD, VALUES, MASK, DISCOUNT, DECAY))
+
+
+@pytest.mark.parametrize("cut, expected", [(True, [0.395, 0.1, 0.0]), (False, [-0.1465, -0.47, -0.6])])
+def test_extended_gae_worked_example(cut, expected):
+    # Formula sheet of T-PPO: no reward, values (.2, .5, .6), discount 1, decay .95; below, what taking it as the end gives.
+    values = jnp.array([[0.2, 0.5, 0.6]])
+    found = temporal.extended_gae(jnp.zeros((1, 3)), values, jnp.ones((1, 3), bool), jnp.array([cut]), 1.0, 0.95)
+    np.testing.assert_allclose(found, [expected], rtol=1e-6, atol=1e-7)
+
+
+def test_the_first_token_of_an_answer_that_goes_on_earns_nothing():
+    # Formula sheet of T-PPO: l = 1, cut: A = 0, with discount 1 and no reward.
+    mask = jnp.array([[False, True, False]])
+    found = temporal.extended_gae(jnp.zeros((1, 3)), jnp.full((1, 3), 0.7), mask, jnp.array([True]), 1.0, 0.95)
+    np.testing.assert_array_equal(found, 0.0)
+
+
+@pytest.mark.parametrize("length", [1, 3, 6])
+def test_a_cut_answers_advantage_is_the_whole_answers_without_what_came_later(length):
+    """A_t of the whole = A_t of the first l tokens + (discount decay)^(l - t) A_l, where V_l is V_{l-1} as EGAE supposes."""
+    reward, values = (numeric.normal(seed, 1, 7) for seed in (2, 3))
+    values[0, length] = values[0, length - 1]
+    whole = numeric.in_float64(temporal.gae, reward, values, np.ones((1, 7), bool), DISCOUNT, DECAY)
+    cut = numeric.in_float64(temporal.extended_gae, reward, values, np.arange(7)[None] < length, np.array([True]), DISCOUNT,
+                             DECAY)
+    for t in range(length):
+        rest = (DISCOUNT * DECAY) ** (length - t) * whole[0, length]
+        np.testing.assert_allclose(cut[0, t] + rest, whole[0, t], rtol=1e-9)
+
+
 @pytest.mark.parametrize("function", [
     functools.partial(temporal.gae, discount=1.0, decay=0.95),
+    lambda *given: temporal.extended_gae(*given, jnp.asarray(CUT), 1.0, 0.95),
     functools.partial(temporal.lambda_return, discount=1.0, decay=0.95)])
 def test_rewards_and_values_are_constants(function):
     given = (jnp.asarray(REWARD), jnp.asarray(VALUES))

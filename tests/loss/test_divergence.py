@@ -1,4 +1,4 @@
-"""KL estimators: values, and the gradient that each really has in expectation."""
+"""KL estimators: values and slopes. What gradient each has in expectation: tests/recipes/test_kl_gradients.py."""
 import math
 
 import jax
@@ -45,26 +45,36 @@ def test_finite_far_away_and_no_gradient_to_the_reference(function, _):
     np.testing.assert_array_equal(reference, 0.0)
 
 
-def test_the_mean_gradient_is_none_the_reverse_or_the_forward_kl():
-    """Over a policy of three tokens the expectation is exact: sum_v p(v) d estimator / d logits."""
-    with jax.enable_x64(True):
-        logits, reference = jnp.array([0.3, -1.0, 0.5]), jax.nn.log_softmax(jnp.array([-0.2, 0.4, 1.0]))
-        drawn = jax.nn.softmax(logits)
+def test_straight_through_has_the_value_of_k3_and_the_gradient_of_k2():
+    value = numeric.in_float64(divergence.k3_straight_through, LOGP, REFERENCE)
+    np.testing.assert_allclose(value, numeric.in_float64(divergence.k3, LOGP, REFERENCE), rtol=1e-12)
+    slope = numeric.gradient(lambda logp: divergence.k3_straight_through(logp, jnp.asarray(REFERENCE)), LOGP)
+    np.testing.assert_allclose(slope, LOGP - REFERENCE, rtol=1e-12)
+    reference = jax.grad(lambda x: divergence.k3_straight_through(jnp.ones((1, 3)), x).sum())(jnp.zeros((1, 3)))
+    np.testing.assert_array_equal(reference, 0.0)
 
-        def mean_gradient(function):
-            def mean(z):
-                return (drawn * function(jax.nn.log_softmax(z)[None], reference[None])[0]).sum()
-            return jax.grad(mean)(logits)
 
-        def reverse(z):
-            return (jax.nn.softmax(z) * (jax.nn.log_softmax(z) - reference)).sum()
+OLD = -np.abs(numeric.normal(2, 3, 4))
 
-        def forward(z):
-            return (jnp.exp(reference) * (reference - jax.nn.log_softmax(z))).sum()
 
-        np.testing.assert_allclose(mean_gradient(divergence.k1), 0.0, atol=1e-15)
-        np.testing.assert_allclose(mean_gradient(divergence.k2), jax.grad(reverse)(logits), rtol=1e-12)
-        np.testing.assert_allclose(mean_gradient(divergence.k3), jax.grad(forward)(logits), rtol=1e-12)
-        for function in (divergence.k1, divergence.k3):
-            value = (drawn * function(jax.nn.log_softmax(logits)[None], reference[None])[0]).sum()
-            np.testing.assert_allclose(value, reverse(logits), rtol=1e-12)
+def test_corrected_against_loops_and_differences():
+    def of_logp(logp):
+        return divergence.k3_corrected(logp, jnp.asarray(OLD), jnp.asarray(REFERENCE))
+
+    found, slopes = numeric.in_float64(of_logp, LOGP), numeric.gradient(of_logp, LOGP)
+    for logp, old, reference, value, slope in zip(LOGP.flat, OLD.flat, REFERENCE.flat, found.flat, slopes.flat,
+                                                  strict=True):
+        x, ratio = logp - reference, math.exp(logp - old)
+        assert value == pytest.approx(ratio * (math.exp(-x) + x - 1), rel=1e-9)
+        assert slope == pytest.approx(ratio * x, rel=1e-9)
+    np.testing.assert_allclose(slopes, numeric.central_difference(of_logp, LOGP), rtol=1e-5, atol=1e-8)
+    gradients = jax.grad(lambda old, reference: divergence.k3_corrected(-jnp.ones((1, 3)), old, reference).sum(),
+                         argnums=(0, 1))(jnp.zeros((1, 3)), jnp.zeros((1, 3)))
+    np.testing.assert_array_equal(gradients, 0.0)
+
+
+@pytest.mark.parametrize("function", [divergence.k2, divergence.k3, divergence.k3_straight_through])
+def test_all_are_half_the_square_near_the_reference(function):
+    # Formula sheet of the KL estimators, reduces to; k2 exactly.
+    x = np.array([[1e-4, -1e-4]])
+    np.testing.assert_allclose(numeric.in_float64(function, x, np.zeros((1, 2))), x**2 / 2, rtol=1e-4)

@@ -46,7 +46,7 @@ def case(request):
 
 
 def same(found, expected):
-    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @every_recipe

@@ -1,0 +1,26 @@
+"""Recipes under equal budgets on modular addition, from nothing, in pure JAX: one figure with error bands, one table.
+
+Command: python scripts/compare.py --config=configs/compare/addmod.py:baselines.grpo,baselines.rloo --workdir=runs/compare
+Hardware: any; written for a laptop's CPU.
+Time: TODO
+Result: TODO
+"""
+import ml_collections
+
+from rl_jax import comparison, experiment
+
+RECIPES = "baselines.grpo,baselines.dr_grpo,loss.gspo,loss.cispo,loss.sapo_soft_gate"
+
+
+def get_config(recipes: str = RECIPES) -> ml_collections.ConfigDict:
+    """The config, with the arguments of every recipe filled in; the first is the one that the others are compared with."""
+    config = ml_collections.ConfigDict({
+        "task": experiment.task_section("toys.addmod", modulus=10),
+        "model": experiment.model_section(width=48, layers=1, heads=4, key_heads=2, head_size=12, inner=96),
+        "recipes": comparison.recipes_section(recipes, group_size=8, minibatches=4),
+        "baseline": comparison.first_of(recipes),
+        "optimiser": experiment.section(experiment.Optimiser, learning_rate=1e-3, warmup_steps=10, decay="linear"),
+        "scale": experiment.section(comparison.Scale, steps=200, answers_per_step=128, seeds=4, steps_per_call=20),
+        "run": experiment.section(comparison.Run),
+    })
+    return config.lock()
