@@ -40,7 +40,7 @@ def whiten(x: Tokens, mask: Mask, epsilon: float = 1e-8) -> Tokens:
     """(x - mean) / sqrt(variance + epsilon) over all chosen tokens of the batch; 0 elsewhere.
 
     The variance has Bessel's correction (ddof 1) on the number of chosen tokens; with fewer
-    than two of them the result is 0.
+    than two of them, or if all are equal, the result is exactly 0.
 
     Args:
       x: any unit.
@@ -48,6 +48,8 @@ def whiten(x: Tokens, mask: Mask, epsilon: float = 1e-8) -> Tokens:
       epsilon: added to the variance, in the square of x's unit.
     """
     count = mask.sum()
-    centred = zeroed(x - mean(x, mask), mask)
+    # Measured from the smallest: equal numbers give exactly 0, whatever the rounding of their mean.
+    above = zeroed(x - jnp.where(mask, x, jnp.inf).min(initial=jnp.inf), mask)
+    centred = zeroed(above - mean(above, mask), mask)
     variance = (centred**2).sum() / jnp.maximum(count - 1, 1)
     return centred / jnp.sqrt(variance + epsilon)

@@ -18,6 +18,13 @@ def chosen(row):
 ALL = chosen(0) + chosen(1) + chosen(2)
 
 
+@pytest.mark.parametrize("value", [0.1, 7.7, 100.1])
+def test_whitening_equal_numbers_gives_exactly_0(value):
+    mask = jnp.arange(37)[None] < jnp.arange(48)[:, None]
+    np.testing.assert_array_equal(masked.whiten(jnp.full((48, 37), value), mask), 0.0)
+    np.testing.assert_array_equal(masked.whiten(jnp.full((48, 37), value), jnp.zeros((48, 37), bool)), 0.0)
+
+
 def test_totals_and_means_run_over_chosen_tokens_only():
     np.testing.assert_allclose(numeric.in_float64(masked.total, X, MASK), sum(ALL))
     np.testing.assert_allclose(numeric.in_float64(masked.mean, X, MASK), sum(ALL) / 4)

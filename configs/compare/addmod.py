@@ -17,10 +17,10 @@ def get_config(recipes: str = RECIPES) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict({
         "task": experiment.task_section("toys.addmod", modulus=10),
         "model": experiment.model_section(width=48, layers=1, heads=4, key_heads=2, head_size=12, inner=96),
-        "recipes": comparison.recipes_section(recipes, group_size=8, minibatches=4),
+        "recipes": comparison.recipes_section(recipes, group_size=8, minibatches=2),
         "baseline": comparison.first_of(recipes),
         "optimiser": experiment.section(experiment.Optimiser, learning_rate=1e-3, warmup_steps=10, decay="linear"),
-        "scale": experiment.section(comparison.Scale, steps=200, answers_per_step=128, seeds=4, steps_per_call=20),
+        "scale": experiment.section(comparison.Scale, steps=200, answers_per_step=256, seeds=4, steps_per_call=20),
         "run": experiment.section(comparison.Run),
     })
     return config.lock()

@@ -39,8 +39,8 @@ def stretched_by_length(advantage: PerSequence, score: PerSequence, group: Group
 
     Source: Hong et al. 2025, arXiv:2506.21655, "STCR", with the published code, github.com/Indolent-Kawhi/View-R1.
     """
-    right, length = score >= correct, mask.sum(axis=1).astype(jnp.float32)
-    count = _total(right.astype(jnp.float32), group)
+    right, length = score >= correct, mask.sum(axis=1).astype(advantage.dtype)
+    count = _total(right.astype(advantage.dtype), group)
     excess = length - _total(jnp.where(right, length, 0.0), group) / jnp.maximum(count, 1.0)
     longer = ~right & (count > 0) & (excess > 0)
     factor = 1 - jnp.expm1(-jnp.where(longer, excess, 0.0) * math.log(base))

@@ -67,8 +67,9 @@ def weighted_loss(recipe: Recipe, policy: Evaluated, x: Experience, weight: Any,
     return sum(totals.values()), jax.lax.stop_gradient(extras)
 
 
-def in_parts(evaluate: Evaluate, parameters: Parameters, x: Experience, microbatches: int = 1) -> Evaluated:
-    """What the weights say of a batch, one micro-batch after the other."""
+def in_parts(evaluate: Callable[[Parameters, Experience], Any], parameters: Parameters, x: Experience,
+             microbatches: int = 1) -> Any:
+    """What the weights say of a batch (`Evaluated`, or any arrays with rows N), one micro-batch after the other."""
     if microbatches == 1:
         return evaluate(parameters, x)
     whole = dataclasses.replace(x, coefficients=None)

@@ -116,6 +116,8 @@ def among_all(function):
 
 
 CREDITS += [among_all(group.centred_among), among_all(group.zscore_among)]
+STATISTICS = [group.mean, group.std, functools.partial(group.log_mean_exp, temperature=0.5),
+              functools.partial(group.shifted, shift=0.1), functools.partial(group.zscore_with_virtual, virtual=1.0)]
 
 
 @pytest.mark.parametrize("function, options, oracle", CASES)
@@ -125,7 +127,7 @@ def test_against_loops(function, options, oracle):
     np.testing.assert_allclose(found, [oracle(i) for i in range(8)], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("function", [group.mean, group.std, *CREDITS])
+@pytest.mark.parametrize("function", [*STATISTICS, *CREDITS])
 def test_order_and_numbering_change_nothing(function):
     order = np.random.default_rng(1).permutation(8)
     renamed = np.array([7, 1, 2, 12, 4, 5, 6, 3, 8, 9, 10, 11, 0, 13, 14, 15])[IDS]
@@ -152,7 +154,7 @@ def test_a_bad_number_stays_in_its_group(function):
     assert np.isfinite(credit[1:]).all()
 
 
-@pytest.mark.parametrize("function", [group.mean, group.std, *CREDITS])
+@pytest.mark.parametrize("function", [*STATISTICS, *CREDITS])
 def test_rewards_are_constants(function):
     gradient = jax.grad(lambda r: function(r, jnp.asarray(IDS)).sum())(jnp.asarray(REWARD, jnp.float32))
     np.testing.assert_array_equal(gradient, 0.0)
@@ -170,7 +172,8 @@ def test_worked_examples(function, expected):
 
 
 @pytest.mark.parametrize("reward, ddof, expected", [
-    ([0.0] * 8, 1, [-1 / 3] * 8), ([0.0] * 8, 0, [-0.353553] * 8), ([0.0] * 4, 1, [-0.447213] * 4), ([1.0] * 8, 1, [0] * 8),
+    ([0.0] * 8, 1, [-1 / 3] * 8), ([0.0] * 8, 0, [-0.353553] * 8), ([0.0] * 4, 1, [-0.447213] * 4),
+    ([1.0] * 8, 1, [0] * 8),
     ([1.0, 0, 0, 0], 1, [1.095443, -0.730295, -0.730295, -0.730295]), ([0.7], 1, [0.7])])
 def test_virtual_answers_worked_examples(reward, ddof, expected):
     # Formula sheet of NGRPO: r_max = 1, one virtual answer.
@@ -186,7 +189,8 @@ def test_no_virtual_answers_are_grpo(ddof):
                                   group.zscore(reward, ids, ddof=ddof))
 
 
-@pytest.mark.parametrize("temperature, baseline", [(0.1, 0.861384), (1.0, 0.357374), (100.0, 0.250939), (1e-3, 0.998614)])
+@pytest.mark.parametrize("temperature, baseline", [
+    (0.1, 0.861384), (1.0, 0.357374), (100.0, 0.250939), (1e-3, 0.998614)])
 def test_log_mean_exp_worked_example(temperature, baseline):
     # Formula sheet of REC: OPMD's baseline of (1, 0, 0, 0), mean .25; the last is 1 - .001 log 4.
     reward, ids = jnp.array([1.0, 0, 0, 0]), jnp.zeros(4, int)

@@ -14,7 +14,7 @@ GROUP = np.array([3, 0, 3, 0, 15, 0, 3, 0, 7, 7])
 ROWS = range(10)
 ADVANTAGE = numeric.normal(0, 10)
 SCORE = np.array([1.0, 0.5, 0.0, 1.5, 0.2, 0.0, 1.0, 0.9, 0.0, 0.3])
-MASK = np.random.default_rng(1).random((10, 7)) < np.linspace(0.1, 1, 10)[np.random.default_rng(2).permutation(10)][:, None]
+MASK = np.random.default_rng(1).random((10, 7)) < np.random.default_rng(2).permutation(10)[:, None] / 9
 ENTROPY = np.where(MASK, np.abs(numeric.normal(3, 10, 7)), np.nan)
 PREDICTION = np.array([1.0, 2.5, 4.0, np.nan, 2.0, 9.0, -3.0, 3.5, 2.2, 2.2])
 
@@ -77,14 +77,14 @@ def lengths(*count):
 def test_stretch_worked_example(excess, factor):
     # Formula sheet of APO: d tokens longer than the mean of the correct ones, here 600.
     mask = lengths(500, 700, 600 + excess, 600)
-    found = shaping.stretched_by_length(jnp.array([1.0, 1.0, -1.0, 0.0]), jnp.array([1.0, 1.0, 0.0, 0.0]), jnp.zeros(4, int),
-                                        mask)
+    score, group = jnp.array([1.0, 1.0, 0.0, 0.0]), jnp.zeros(4, int)
+    found = shaping.stretched_by_length(jnp.array([1.0, 1.0, -1.0, 0.0]), score, group, mask)
     np.testing.assert_allclose(found, [1.0, 1.0, -factor, 0.0], rtol=1e-6)
 
 
 def test_the_longer_of_two_wrong_answers_gets_less_and_of_two_right_ones_does_not():
-    found = shaping.stretched_by_length(jnp.array([0.9, 0.9, -0.9, -0.9]), jnp.array([1.0, 1.0, 0.0, 0.0]), jnp.zeros(4, int),
-                                        lengths(10, 4000, 3000, 9000))
+    score, group = jnp.array([1.0, 1.0, 0.0, 0.0]), jnp.zeros(4, int)
+    found = shaping.stretched_by_length(jnp.array([0.9, 0.9, -0.9, -0.9]), score, group, lengths(10, 4000, 3000, 9000))
     assert found[3] < found[2] < -0.9 and found[0] == found[1] == jnp.float32(0.9)
 
 
@@ -113,7 +113,8 @@ def test_equal_predictions_weigh_exactly_one(value):
 
 
 def test_the_weight_falls_with_the_spread():
-    spread = jnp.linspace(0.0, 1.0, 9)
-    weights = [float(shaping.discounted_by_uncertainty(jnp.ones(2), jnp.stack([0.5 - s / 2, 0.5 + s / 2]), jnp.zeros(2, int),
-                                                       0.2, 0.0, 1.0)[0]) for s in spread]
+    spread, group = np.linspace(0.0, 1.0, 9), np.repeat(np.arange(9), 2)
+    prediction = np.stack([0.5 - spread / 2, 0.5 + spread / 2], axis=1).ravel()
+    found = numeric.in_float64(shaping.discounted_by_uncertainty, np.ones(18), prediction, group, 0.2, 0.0, 1.0)
+    weights = found[::2].tolist()
     assert weights == sorted(weights, reverse=True) and len(set(weights)) == 9

@@ -93,6 +93,11 @@ def test_a_bad_number_stays_in_its_group():
     assert np.isfinite(np.delete(credit, 4)).all()
 
 
+def test_the_reward_of_a_sequence_without_tokens_is_not_read():
+    found = numeric.in_float64(tokenwise.zscore, np.where(LENGTH > 0, REWARD, np.nan), IDS, MASK)
+    np.testing.assert_array_equal(found, numeric.in_float64(tokenwise.zscore, REWARD, IDS, MASK))
+
+
 def test_rewards_are_constants():
     gradient = jax.grad(lambda r: tokenwise.zscore(r, jnp.asarray(IDS), jnp.asarray(MASK)).sum())(jnp.asarray(REWARD))
     np.testing.assert_array_equal(gradient, 0.0)

@@ -1,14 +1,23 @@
-"""Every config under configs/: it says what it needs, builds, and at toy size runs, saves and resumes bit-equal."""
+"""Every config under configs/: it says what it needs, builds, and at toy size runs, saves and resumes bit-equal.
+
+Those under configs/compare/ list recipes: at toy size two of them are compared, and a second call runs nothing.
+"""
 import ast
+import dataclasses
 import importlib.util
+import io
 import pathlib
 
 import pytest
+import rich.console
 
-from rl_jax import experiment
+from rl_jax import comparison, experiment
+from rl_jax.train import compare, compare_page
 from tests.ends import tiny
 
 FILES = sorted(path for path in (tiny.ROOT / "configs").rglob("*.py") if path.name != "__init__.py")
+COMPARED = [path for path in FILES if path.parent.name == "compare"]
+TRAINED = [path for path in FILES if path not in COMPARED]
 PARTS = ("Command:", "Hardware:", "Time:", "Result:")
 SMALL = {"gsm8k": {"path": "tests/ends/gsm8k", "prompt_length": 64, "completion_length": 24, "validation_size": 1}}
 
@@ -17,11 +26,11 @@ def name_of(path):
     return str(path.relative_to(tiny.ROOT))
 
 
-def loaded(path):
+def loaded(path, *given):
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config()
+    return module.get_config(*given)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -35,7 +44,7 @@ def test_it_says_what_it_is_needs_and_gives(path):
     assert name_of(path) in lines[0] and "--workdir=" in lines[0]
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
+@pytest.mark.parametrize("path", TRAINED, ids=name_of)
 def test_it_builds_and_is_locked(path):
     config = loaded(path)
     assert config.is_locked
@@ -43,6 +52,17 @@ def test_it_builds_and_is_locked(path):
     for section in (config.model, config.optimiser, config.scale, config.run):
         assert len(section) <= 10
     experiment.parse(config)
+
+
+@pytest.mark.parametrize("path", COMPARED, ids=name_of)
+def test_a_comparison_builds_and_is_locked(path):
+    config = loaded(path)
+    assert config.is_locked
+    assert set(config) <= set(comparison.SECTIONS)
+    for section in (config.model, config.optimiser, config.scale, config.run):
+        assert len(section) <= 10
+    found = comparison.parse(config)
+    assert len(found.recipes) >= 3 and found.scale.seeds >= 3, "errors need replicas"
 
 
 def shrunk(config):
@@ -55,13 +75,7 @@ def shrunk(config):
         if "group_size" in args:
             args.group_size = 2
         phase.optimiser.warmup_steps = min(phase.optimiser.warmup_steps, 1)
-    model, args = config.model, config.task.args
-    model.width, model.layers, model.heads, model.key_heads, model.head_size, model.inner = 16, 1, 2, 1, 8, 32
-    for name, value in SMALL.get(config.task.name, {}).items():
-        args[name] = value
-    for name in ("train_size", "validation_size", "held_out_size"):
-        if name in args and config.task.name not in SMALL:
-            args[name] = min(args[name], 16)
+    shrink_what_learns(config)
     run = config.run
     run.checkpoint_every, run.validation_prompts, run.validation_samples, run.workers = 3, 2, 2, 1
     run.validate_every = min(run.validate_every, 3)
@@ -69,7 +83,17 @@ def shrunk(config):
     return config
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
+def shrink_what_learns(config):
+    model, args = config.model, config.task.args
+    model.width, model.layers, model.heads, model.key_heads, model.head_size, model.inner = 16, 1, 2, 1, 8, 32
+    for name, value in SMALL.get(config.task.name, {}).items():
+        args[name] = value
+    for name in ("train_size", "validation_size", "held_out_size"):
+        if name in args and config.task.name not in SMALL:
+            args[name] = min(args[name], 16)
+
+
+@pytest.mark.parametrize("path", TRAINED, ids=name_of)
 def test_at_toy_size_it_runs_saves_and_resumes_bit_equal(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny.ROOT)
     config = shrunk(loaded(path))
@@ -82,3 +106,26 @@ def test_at_toy_size_it_runs_saves_and_resumes_bit_equal(path, tmp_path, monkeyp
     assert again.step == whole.step
     assert tiny.bits(again.policy) == tiny.bits(whole.policy)
     assert tiny.left_behind(tmp_path / "stopped") == tiny.left_behind(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("path", COMPARED, ids=name_of)
+def test_at_toy_size_two_recipes_are_compared_once(path, tmp_path, monkeypatch):
+    config = loaded(path, "baselines.grpo,baselines.rloo")
+    scale = config.scale
+    scale.steps, scale.answers_per_step, scale.seeds, scale.steps_per_call, scale.microbatches = 4, 16, 2, 2, 1
+    config.recipes.grpo.args.group_size = 2  # of the baseline alone: the budget stays the same
+    shrink_what_learns(config)
+    for phase in config.get("before", ()):
+        phase.scale.steps, phase.scale.prompts_per_step = 2, 2
+
+    def compared():
+        found = comparison.parse(config)
+        compare.claim(tmp_path, experiment.plain(config))
+        return found, compare.run(found, tmp_path, console=rich.console.Console(file=io.StringIO()))
+
+    found, first = compared()
+    assert {name: curve.score.shape for name, curve in first.items()} == {"grpo": (4, 2), "rloo": (4, 2)}
+    assert all((curve.answers == 16).all() for curve in first.values())
+    assert compare_page.write(tmp_path, found, first).is_file() and (tmp_path / "compare.png").is_file()
+    monkeypatch.setattr(compare, "learn", None)
+    assert tiny.bits(dataclasses.asdict(compared()[1]["grpo"])) == tiny.bits(dataclasses.asdict(first["grpo"]))

@@ -113,7 +113,8 @@ def test_two_levels_are_dpo_with_normalised_length():
         return sum(-jnp.log(1 / (1 + jnp.exp(-BETA * (z[w] - z[x])))) for w in right for x in wrong) / 6
 
     np.testing.assert_allclose(numeric.in_float64(trpa, there).sum(), numeric.in_float64(dpo, there), rtol=1e-9)
-    np.testing.assert_allclose(numeric.gradient(trpa, there), numeric.central_difference(dpo, there), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(numeric.gradient(trpa, there), numeric.central_difference(dpo, there), rtol=1e-6,
+                               atol=1e-9)
 
 
 def test_without_pairs():

@@ -24,9 +24,10 @@ def test_against_loops(coefficient, ceiling):
     np.testing.assert_allclose(found.ravel(), expected, rtol=1e-9, atol=1e-15)
 
 
-@pytest.mark.parametrize("away, value, slope", [(0.0, 0.0, 0.0), (0.5, 0.106531, 0.393469), (-0.5, 0.148721, -0.648721)])
+@pytest.mark.parametrize("away, value, slope", [(0.0, 0.0, 0.0), (0.5, 0.106531, 0.393469),
+                                                (-0.5, 0.148721, -0.648721)])
 def test_the_gradient_widens_the_gap(away, value, slope):
-    # Numbers of k3 from the formula sheet of the KL estimators; the loss falls away from where both prompts say the same.
+    # Numbers of k3 from the formula sheet of the KL estimators; the loss is largest where both prompts say the same.
     found, gradient = jax.value_and_grad(lambda logp: perception.gap(logp, jnp.full((1, 1), -2.0), 1.0).sum())(
         jnp.full((1, 1), -2.0 + away))
     np.testing.assert_allclose(found, -value, rtol=1e-5, atol=1e-7)

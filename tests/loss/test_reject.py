@@ -1,4 +1,4 @@
-"""Rejection of tokens against loops over Python floats, gradients, what each reduces to, the formula sheets' numbers."""
+"""Rejection of tokens against loops over Python floats, gradients, what each reduces to, the sheets' numbers."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,8 +159,8 @@ def test_reciprocal_clip_is_ppo_clip_with_its_lower_edge_moved():
     np.testing.assert_allclose(found[1], expected[1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("r, advantage, slope", [(0.92, -1, 1), (0.90, -1, 0), (0.905, -1, 0), (1.0, -1, 1), (1.0, 1, -1),
-                                                 (1.09, 1, -1), (1.11, 1, 0)])
+@pytest.mark.parametrize("r, advantage, slope", [
+    (0.92, -1, 1), (0.90, -1, 0), (0.905, -1, 0), (1.0, -1, 1), (1.0, 1, -1), (1.09, 1, -1), (1.11, 1, 0)])
 def test_reciprocal_clip_worked_example(r, advantage, slope):
     # Formula sheet of LOOP: clip = .1, the band begins at .90909.
     found = jax.grad(lambda r: reject.reciprocal_clip(r, jnp.full((1, 1), float(advantage)), 0.1).sum())(

@@ -9,6 +9,7 @@ import pytest
 from rl_jax.rollout import perturb
 from rl_jax.types import Prompts
 
+token_noise = jax.jit(perturb.token_noise)
 LENGTHS = np.array([3, 40, 1, 25])
 
 
@@ -28,7 +29,7 @@ def seeds(count, start=7):
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_tokens_come_from_the_same_prompt_and_the_rest_stays(share):
     clean = prompts()
-    noisy = jax.jit(perturb.token_noise)(clean, seeds(4), share)
+    noisy = token_noise(clean, seeds(4), share)
     for own, new, length, row in zip(clean.tokens, noisy.tokens, LENGTHS, range(4), strict=True):
         assert set(np.asarray(new[:length]).tolist()) <= set(np.asarray(own[:length]).tolist())
         np.testing.assert_array_equal(new[length:], -1, err_msg=str(row))
@@ -42,7 +43,7 @@ def test_tokens_come_from_the_same_prompt_and_the_rest_stays(share):
 def test_how_many_and_from_where(share):
     # 200 prompts of 40 tokens: a token stays with 1 - share + share / 40; every place is copied from alike.
     clean = prompts(np.full(200, 40))
-    noisy = perturb.token_noise(clean, seeds(200), share)
+    noisy = token_noise(clean, seeds(200), share)
     same = float((noisy.tokens == clean.tokens).mean())
     expected = 1 - share + share / 40
     assert abs(same - expected) < 4 * np.sqrt(max(expected * (1 - expected), 1e-9) / 8000)
@@ -52,14 +53,14 @@ def test_how_many_and_from_where(share):
 
 def test_a_prompts_noise_depends_on_its_own_number_only():
     clean, order = prompts(), np.array([2, 0, 3, 1])
-    noisy = perturb.token_noise(clean, seeds(4), 0.5)
+    noisy = token_noise(clean, seeds(4), 0.5)
     moved = jax.tree.map(lambda a: a[order], clean)
-    np.testing.assert_array_equal(perturb.token_noise(moved, seeds(4)[order], 0.5).tokens, noisy.tokens[order])
-    other = perturb.token_noise(clean, seeds(4, start=99), 0.5)
+    np.testing.assert_array_equal(token_noise(moved, seeds(4)[order], 0.5).tokens, noisy.tokens[order])
+    other = token_noise(clean, seeds(4, start=99), 0.5)
     assert (np.asarray(other.tokens) != np.asarray(noisy.tokens)).any()
 
 
 def test_arrays_of_numpy_will_do():
     clean = dataclasses.replace(prompts(), tokens=np.asarray(prompts().tokens), lengths=LENGTHS)
     np.testing.assert_array_equal(perturb.token_noise(clean, seeds(4), 0.5).tokens,
-                                  perturb.token_noise(prompts(), seeds(4), 0.5).tokens)
+                                  token_noise(prompts(), seeds(4), 0.5).tokens)

@@ -16,7 +16,8 @@ def test_worked_example():
 def test_groups_that_are_all_right_worked_example():
     score = jnp.array([1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0])
     group = jnp.array([0, 1, 2, 0, 1, 2, 9, 15])
-    np.testing.assert_array_equal(outcome.not_all_correct(score, group), [False, True, True, False, True, True, False, True])
+    expected = [False, True, True, False, True, True, False, True]
+    np.testing.assert_array_equal(outcome.not_all_correct(score, group), expected)
 
 
 def test_credit_of_a_least_size():

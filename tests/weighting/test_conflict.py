@@ -14,6 +14,7 @@ MASK = RNG.random((12, 6)) < 0.8
 MASK[3] = False
 ADVANTAGE = RNG.choice([-0.5, -0.5, 0.0, 1.0, 1.0], 12)
 ARRAYS = TOKENS, ADVANTAGE, GROUP, MASK
+factor, per_run, inverse_count = map(jax.jit, (conflict.factor, conflict.factor_per_run, conflict.inverse_count))
 
 
 def answer(i, backward):
@@ -60,25 +61,25 @@ def test_runs_against_loops(function, backward):
 
 def test_factors_against_loops():
     arrays = tuple(map(jnp.asarray, ARRAYS))
-    np.testing.assert_allclose(conflict.factor(*arrays, 3.0), table(lambda i, t: oracle_factor(i, t, both(i), 3.0)))
-    np.testing.assert_allclose(conflict.factor_per_run(*arrays, 3.0), table(
+    np.testing.assert_allclose(factor(*arrays, 3.0), table(lambda i, t: oracle_factor(i, t, both(i), 3.0)))
+    np.testing.assert_allclose(per_run(*arrays, 3.0), table(
         lambda i, t: np.prod([oracle_factor(i, t, [run], 3.0) for run in both(i)])))
     counts = [len(set.union(*both(i))) if ADVANTAGE[i] else 0 for i in range(12)]
-    np.testing.assert_allclose(conflict.inverse_count(*arrays), [1 / max(count, 1) for count in counts], rtol=1e-6)
+    np.testing.assert_allclose(inverse_count(*arrays), [1 / max(c, 1) for c in counts], rtol=1e-6)
     assert max(counts) > 2
 
 
 def padded(*answers):
-    """Ids, right-padded with an id that is in use, and their mask."""
-    length = max(map(len, answers))
-    return (jnp.array([[*a, *[5] * (length - len(a))] for a in answers]),
-            jnp.array([[t < len(a) for t in range(length)] for a in answers]))
+    """Ids of 5 answers to one prompt, right-padded with an id that is in use, and their mask."""
+    answers = [*answers, *[()] * (5 - len(answers))]
+    return (jnp.array([[*a, *[5] * (5 - len(a))] for a in answers]),
+            jnp.array([[t < len(a) for t in range(5)] for a in answers]))
 
 
-def factors(answers, advantage, function=conflict.factor):
+def factors(answers, advantage, function=factor):
     tokens, mask = padded(*answers)
-    found = function(tokens, jnp.array(advantage), jnp.zeros(len(answers), int), mask)
-    return [[float(f) for f, m in zip(row, chosen, strict=True) if m] for row, chosen in zip(found, mask, strict=True)]
+    found = function(tokens, jnp.array([*advantage, *[0.0] * (5 - len(answers))]), jnp.zeros(5, int), mask)
+    return [[float(f) for f in row[:len(answer)]] for row, answer in zip(found, answers, strict=False)]
 
 
 @pytest.mark.parametrize("good, bad, expected", [
@@ -107,25 +108,28 @@ def test_answers_without_credit_make_no_conflict():
 def test_published_codes_forms():
     # A token in both runs of a good answer counts 4; the loss is divided by the number of conflict tokens, at least 1.
     answers = [(5, 7), (5, 7), (6, 6)]
-    assert factors(answers, [0.5, -0.5, 0.5], conflict.factor_per_run) == [[4, 4], [0, 0], [1, 1]]
+    assert factors(answers, [0.5, -0.5, 0.5], per_run) == [[4, 4], [0, 0], [1, 1]]
     tokens, mask = padded(*answers)
-    np.testing.assert_allclose(
-        conflict.inverse_count(tokens, jnp.array([0.5, -0.5, 0.5]), jnp.zeros(3, int), mask), [0.5, 0.5, 1.0])
+    found = inverse_count(tokens, jnp.array([0.5, -0.5, 0.5, 0.0, 0.0]), jnp.zeros(5, int), mask)
+    np.testing.assert_allclose(found, [0.5, 0.5, 1.0, 1.0, 1.0])
 
 
 def test_order_and_numbering_change_nothing():
     order, names = RNG.permutation(12), RNG.permutation(24)
-    straight = conflict.factor(*map(jnp.asarray, ARRAYS))
-    moved = conflict.factor(*(jnp.asarray(a[order]) for a in (TOKENS, ADVANTAGE, names[GROUP], MASK)))
+    straight = factor(*map(jnp.asarray, ARRAYS))
+    moved = factor(*(jnp.asarray(a[order]) for a in (TOKENS, ADVANTAGE, names[GROUP], MASK)))
     np.testing.assert_array_equal(moved, straight[order])
 
 
 def test_what_was_not_chosen_is_not_read_and_takes_no_place():
-    tokens, mask = jnp.array([[5, 1, 7, 9], [5, 7, 3, 9]]), jnp.array([[True, False, True, True], [True, True, False, True]])
-    found = conflict.factor(tokens, jnp.array([1.0, -1.0]), jnp.zeros(2, int), mask)
+    tokens, mask = jnp.array([[5, 1, 7, 9], [5, 7, 3, 9]]), jnp.array([[1, 0, 1, 1], [1, 1, 0, 1]], bool)
+    found = factor(tokens, jnp.array([1.0, -1.0]), jnp.zeros(2, int), mask)
     np.testing.assert_array_equal(np.asarray(found)[np.asarray(mask)], [2, 2, 2, 0, 0, 0])
 
 
 def test_constant():
-    gradient = jax.grad(lambda a: conflict.factor(*map(jnp.asarray, (TOKENS, a, GROUP, MASK))).sum())(jnp.asarray(ADVANTAGE))
+    def total(advantage):
+        return factor(*map(jnp.asarray, (TOKENS, advantage, GROUP, MASK))).sum()
+
+    gradient = jax.grad(total)(jnp.asarray(ADVANTAGE))
     np.testing.assert_array_equal(gradient, 0.0)

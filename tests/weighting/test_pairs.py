@@ -20,4 +20,5 @@ def test_mean_over_pairs():
 
 def test_sequences_count_only_where_there_is_no_pair():
     np.testing.assert_array_equal(pairs.sequence_mean_without_pairs(MASK, BEATS), 0.0)
-    np.testing.assert_array_equal(pairs.sequence_mean_without_pairs(MASK, NONE), aggregate.sequence_mean_token_mean(MASK))
+    expected = aggregate.sequence_mean_token_mean(MASK)
+    np.testing.assert_array_equal(pairs.sequence_mean_without_pairs(MASK, NONE), expected)

@@ -16,8 +16,7 @@ def ppo_dual_clip(clip: float = 0.2, ceiling: float = 3.0, value_clip: float = 0
     Args:
       clip, ceiling: half-width of the ratio's band; c, the largest ratio that counts where A < 0.
       value_clip, value_coefficient: half-width of the value's band (reward units), weight of the critic's loss.
-      discount, decay: gamma and lambda, per token.
-      epochs, minibatches: passes over the batch, optimiser steps per pass.
+      discount, decay, epochs, minibatches: gamma and lambda, per token; passes over the batch, steps per pass.
 
     Source: Ye et al. 2019, arXiv:1912.09729, "Dual-clip PPO"; Schulman et al. 2017, arXiv:1707.06347, eq. 9 and 11.
     """
@@ -34,5 +33,4 @@ def ppo_dual_clip(clip: float = 0.2, ceiling: float = 3.0, value_clip: float = 0
         advantage=lambda x: masked.whiten(temporal.gae(*path(x)), x.mask),
         loss=loss,
         weighting=lambda x: aggregate.token_mean(x.mask),
-        schedule=Schedule(epochs, minibatches),
-        models=("critic",))
+        schedule=Schedule(epochs, minibatches), models=("critic",))

@@ -17,8 +17,7 @@ def reinforce_pp(group_size: int = 1, clip: float = 0.2, beta: float = 0.001, di
     Args:
       group_size: samples per prompt; they are not compared with each other.
       clip: half-width of the ratio's band.
-      beta: reward units per nat of k1; 0 runs no reference.
-      discount: gamma, per token.
+      beta, discount: reward units per nat of k1 (0 runs no reference); gamma, per token.
       epochs, minibatches: passes over the batch, optimiser steps per pass.
 
     Source: Hu et al. 2025, arXiv:2501.03262, "Global Advantage Normalization".
