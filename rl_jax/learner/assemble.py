@@ -47,7 +47,7 @@ def experience(prompts: Prompts, samples: Samples, verdict: Verdict, *, coeffici
 
 
 def of_arrays(rollout_logp: Float[Array, "N T"], mask: Bool[Array, "N T"], reward: Float[Array, " N"],
-              group: Int[Array, " N"], **given: Array) -> Experience:
+              group: Int[Array, " N"], **given: Any) -> Experience:
     """Experience from plain arrays, for `update.batch_loss` without model or trainer.
 
     Args:

@@ -62,6 +62,10 @@ def of_samples(x: Experience, given: Bool[Array, " N"] | None = None) -> Metrics
     def mean(values):
         return jnp.where(known, values, 0.0).sum() / scored
 
+    def read(part):  # NaN says that the verifier could not read it, which need not be a failure
+        there = known & jnp.isfinite(part)
+        return jnp.where(there, part, 0.0).sum() / jnp.maximum(there.sum(), 1)
+
     return {
         "reward/score": mean(x.score),
         "reward/solved": mean((x.score >= 1).astype(jnp.float32)),
@@ -69,7 +73,7 @@ def of_samples(x: Experience, given: Bool[Array, " N"] | None = None) -> Metrics
         "rollout/length": mean(x.mask.sum(axis=1)),
         "rollout/finished": (x.finished & drawn).sum() / jnp.maximum(drawn.sum(), 1),
         "rollout/entropy": masked.mean(x.rollout_entropy, tokens),
-        **{f"reward/{name}": mean(values) for name, values in x.parts.items()},
+        **{f"reward/{name}": read(values) for name, values in x.parts.items()},
     }
 
 

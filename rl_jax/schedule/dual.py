@@ -26,7 +26,8 @@ def ascent(initial: float, target: float, rate: float, metric: str) -> Control:
 
     The metric is an extra of the recipe's loss slot, averaged over the update's optimiser steps. It is read after the
     update because before it fresh data has a ratio of 1. A batch without tokens, or a metric that is not finite,
-    changes nothing.
+    changes nothing. What answers to its price only after many batches, as old data does, needs a small rate: a large
+    one overshoots ever further.
 
     Args:
       initial: lambda in the first batch, >= 0.

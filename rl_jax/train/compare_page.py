@@ -111,9 +111,9 @@ def legend(curves: Mapping[str, Curve], baseline: str) -> str:
     lines = (f"Lines are means over {replicas} replicas, bands and errors ± 1 standard error over them."
              if replicas > 1 else "One run of each recipe: nothing is known of its error.")
     return (f"{lines} score: over the last tenth of the steps; share, difference: of and from that of {baseline}, the "
-            "difference replica by replica; half way: step at which the running mean reaches half of the best score; "
-            "step: median time, of all replicas that are trained side by side; answers: asked per replica; updates: "
-            "optimiser steps; skipped: updates whose gradient was not finite.")
+            "difference replica by replica; half way: step at which the running mean is half way from the first step's "
+            "score to the best; step: median time, of all replicas that are trained side by side; answers: asked per "
+            "replica; updates: optimiser steps; skipped: updates whose gradient was not finite.")
 
 
 def printed(rows: Sequence[Row], baseline: str) -> rich.table.Table:

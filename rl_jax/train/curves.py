@@ -43,7 +43,8 @@ class Row:
       score, score_stderr: mean over the last tenth of the steps.
       share: of the baseline's score.
       difference, difference_stderr: from the baseline's score, replica by replica (they share weights, prompts and keys).
-      half_way: step at which the running mean first reaches half of the best recipe's score; None if never.
+      half_way: step at which the running mean is first half way from the baseline's score in the first step to the
+        best recipe's in the last tenth; None if never.
       step_s: median seconds per step.
       answers: asked, per replica.
       updates: optimiser steps.
@@ -129,12 +130,13 @@ def table(curves: Mapping[str, Curve], baseline: str) -> list[Row]:
 def _row(name: str, curve: Curve, baseline: Curve, best: float) -> Row:
     (score, error), reference = mean_and_error(last_tenth(curve)), last_tenth(baseline)
     difference, difference_error = mean_and_error(last_tenth(curve) - reference)
-    reached = running_mean(curve.score, window_of(len(curve.score))).mean(axis=1) >= best / 2
+    start = float(baseline.score[0].mean())
+    reached = running_mean(curve.score, window_of(len(curve.score))).mean(axis=1) >= (start + best) / 2
     return Row(
         name=name, score=float(score), score_stderr=float(error),
         share=float(score / reference.mean()) if reference.mean() != 0 else math.nan,
         difference=float(difference), difference_stderr=float(difference_error),
-        half_way=int(reached.argmax()) + 1 if best > 0 and reached.any() else None,
+        half_way=int(reached.argmax()) + 1 if best > start and reached.any() else None,
         step_s=float(np.median(curve.step_s)), answers=float(curve.answers.sum(axis=0).mean()),
         updates=curve.updates * len(curve.step_s), skipped=int(curve.values[SKIPPED].sum()))
 

@@ -87,7 +87,8 @@ def test_wider_with_credit_and_spread_and_the_same_for_both_signs(form):
 
 def test_the_centred_form_is_the_others_band_at_a_credit_of_one_without_alpha():
     for p in (0.0, 0.5):
-        np.testing.assert_allclose(half_width(elastic.by_outcome_centred, 1, p), 0.2 * (1 + 0.5 * 4 * p * (1 - p)), rtol=1e-6)
+        expected = 0.2 * (1 + 0.5 * 4 * p * (1 - p))
+        np.testing.assert_allclose(half_width(elastic.by_outcome_centred, 1, p), expected, rtol=1e-6)
     assert half_width(elastic.by_outcome_centred, 0, 0.0) < 0.2 < half_width(elastic.by_outcome_centred, 2, 0.0)
 
 

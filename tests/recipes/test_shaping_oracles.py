@@ -287,10 +287,11 @@ def gtpo_of(recipe, tokens, entropy, reward, initial=0.5):
 
 
 def test_gtpo_on_a_group_with_a_shared_beginning():
-    # By hand: two right and two wrong answers, (A - gamma H) lambda / (n G), the second wrong one drawn in doubt.
-    found = gtpo_of(gtpo_trajectory.gtpo_trajectory(), [[1, 2, 3, 4], [1, 2, 5, 6], [1, 2, 7, 8], [1, 2, 7, 7]],
+    # By hand: two right and two wrong answers, (A - gamma H) lambda / (n G). The second wrong one was drawn in doubt:
+    # it is left out, and the tokens that it shares are in conflict all the same.
+    found = gtpo_of(gtpo_trajectory.gtpo_trajectory(), [[1, 2, 3, 4], [1, 2, 5, 6], [1, 9, 7, 8], [1, 2, 7, 7]],
                     [0.2, 0.4, 0.3, 0.9], [1.0, 1.0, 0.0, 0.0])
-    weight = [[2, 2, 1, 1], [2, 2, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]]
+    weight = [[2, 2, 1, 1], [2, 2, 1, 1], [0, 1, 1, 1], [0, 0, 0, 0]]
     credit = np.array([0.5 - 0.02, 0.5 - 0.04, -0.5 - 0.03, -0.5 - 0.09])
     np.testing.assert_allclose(found, -credit[:, None] * weight / 16, rtol=1e-5)
 
