@@ -60,7 +60,8 @@ def per_example(first: dict[str, float], values: Callable[[Experience], dict[str
                 valid: Callable[[Experience], Bool[Array, " N"]] = with_tokens) -> Control:
     """A memory of every training example, read in the slots as `rows(x.coefficient.<name>, x.example)`.
 
-    It is keyed by `x.example`, so neither the order of the prompts nor an interruption matters.
+    It is keyed by `x.example`: the order of the prompts does not matter, unless one is asked twice in a batch
+    (`written`). Checkpoints keep it with the state of all controls.
 
     Args:
       first: what each row holds before its example was ever asked, by name.

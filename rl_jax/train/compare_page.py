@@ -32,7 +32,7 @@ def figure(curves: Mapping[str, Curve], title: str = "") -> figures.Figure:
     """
     steps, replicas = next(iter(curves.values())).score.shape
     window = of_replicas.window_of(steps)
-    drawn = figures.Figure(figsize=(8.4, 4.6), dpi=110, layout="constrained")
+    drawn = figures.Figure(figsize=(8.4, 4.6), dpi=90, layout="constrained")
     axes = drawn.add_subplot()
     ends = []
     for number, (name, curve) in enumerate(curves.items()):

@@ -273,6 +273,8 @@ class Session:
         prompts = [task.splits["train"][int(i)].text for i in x.prompts.example]
         # x.mask leaves out answers that are not learned from; a person wants to read those too
         drawn = judge.drawn_mask(x.tokens, task.tokenizer.end_id)
+        if x.complete is not None:
+            drawn &= x.mask | x.complete[:, None]  # behind an answer that goes on there is padding and no end
         texts = judge.texts_of(task.tokenizer, x.tokens, drawn)
         self._writer.rollouts(step, self.names[index], metrics.rollout_rows(
             x, prompts, texts, drawn=drawn, groups=self.experiment.run.shown_groups))

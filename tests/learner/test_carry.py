@@ -16,7 +16,7 @@ from rl_jax.loss import gate, ratio
 from rl_jax.recipe import Recipe, Rollout, replace
 from rl_jax.recipes.rollout import t_ppo
 from rl_jax.tasks.toys import addmod, chain
-from rl_jax.train import session
+from rl_jax.train import metrics, session
 from rl_jax.types import Samples, Verdict
 from rl_jax.weighting import aggregate
 from tests.ends import tiny as ends
@@ -200,3 +200,5 @@ def test_stopped_and_continued_is_as_if_never_stopped(tmp_path):
     rows = ends.left_behind(tmp_path / "whole")[0]
     for name in ("rollout/age_steps", "rollout/prompts_not_asked", "loss/policy", "loss/value"):
         assert all(np.isfinite(row[name]) for row in rows) and any(row[name] != 0 for row in rows)
+    table = list(metrics.rows(tmp_path / "whole" / "rollouts.jsonl"))
+    assert [row["step"] for row in table] == list(range(1, 7)) and table[0]["tokens"] <= 2, "half an answer is its tokens"

@@ -97,7 +97,8 @@ def tokenwise(batch, i, reward, limit):
     return credit(answers, statistics.stdev(answers))
 
 
-def oracle_hapo(batch, low=0.2, high=0.2, quantile=0.8, beta=1.0, alpha=1.0, z_max=5.0, limit=20480, buffer=4096):
+def oracle_hapo(batch, low=0.2, high=0.2, ceiling=10.0, quantile=0.8, beta=1.0, alpha=1.0, z_max=5.0, limit=20480,
+                buffer=4096):
     def penalty(n):
         return min(max((limit - buffer - n) / buffer, -1.0), 0.0)
 
@@ -114,19 +115,19 @@ def oracle_hapo(batch, low=0.2, high=0.2, quantile=0.8, beta=1.0, alpha=1.0, z_m
         inside = 1 - below / 2 < ratio < 1 + above / 2
         if inside != (h > 0):
             advantage *= 1 + beta * h
-        return batch.dual_clipped(i, t, ratio, advantage, 1 - below, 1 + above, 10.0)
+        return batch.dual_clipped(i, t, ratio, advantage, 1 - below, 1 + above, ceiling)
 
     return batch.token_mean(loss, kept)
 
 
 @pytest.mark.parametrize("recipe, oracle, options", [
     (dcpo(), oracle_dcpo, {}),
-    (dcpo(4, clip_low=0.2, clip_high=0.28, cap=1.5, ceiling=2.0), oracle_dcpo,
-     {"group_size": 4, "low": 0.2, "high": 0.28, "cap": 1.5, "ceiling": 2.0}),
+    (dcpo(4, clip_low=0.2, clip_high=0.28, cap=1.5, ceiling=1.2), oracle_dcpo,
+     {"group_size": 4, "low": 0.2, "high": 0.28, "cap": 1.5, "ceiling": 1.2}),
     (hapo(), oracle_hapo, {}),
     (hapo(clip_low=0.5, clip_high=1.0, quantile=0.4, beta=0.6, alpha=0.3, z_max=1.1, limit=5, buffer=3), oracle_hapo,
      {"low": 0.5, "high": 1.0, "quantile": 0.4, "beta": 0.6, "alpha": 0.3, "z_max": 1.1, "limit": 5, "buffer": 3}),
-    (hapo(z_max=0.0, beta=0.0), oracle_hapo, {"z_max": 0.0, "beta": 0.0}),
+    (hapo(z_max=0.0, beta=0.0, ceiling=1.6), oracle_hapo, {"z_max": 0.0, "beta": 0.0, "ceiling": 1.6}),
 ], ids=lambda value: getattr(value, "name", None))
 def test_the_loss_is_that_of_the_formula_sheet(recipe, oracle, options):
     batch = Batch(recipe)

@@ -18,7 +18,7 @@ NAMES = [name for name in experiment.names("rl_jax.recipes") if name != "baselin
 SHARE = 0.9
 TASK = addmod.addmod(5, validation_size=0, held_out_size=0)
 SHAPE = Shape(vocabulary=TASK.tokenizer.size, width=32, layers=1, heads=2, key_heads=1, head_size=16, inner=64)
-SCALE = comparison.Scale(steps=160, answers_per_step=128, seeds=4, steps_per_call=40)
+SCALE = comparison.Scale(steps=240, answers_per_step=128, seeds=4, steps_per_call=40)
 
 
 @functools.cache

@@ -10,11 +10,13 @@ import numpy as np
 import optax
 import pytest
 
-from rl_jax.learner import assemble, update
+from rl_jax.learner import assemble, step, update
 from rl_jax.loss import gate, ratio
 from rl_jax.recipe import replace
 from rl_jax.recipes.baselines import grpo
 from rl_jax.recipes.loss import apc_obj, etr, fiberpo, fiberpo_domain, r2vpo
+from rl_jax.tasks.toys import addmod
+from tests.learner import tiny
 from tests.recipes import test_oracles, toy
 
 FOUR = {"group_size": 4}
@@ -232,3 +234,20 @@ def test_the_price_of_variance_follows_the_variance_that_the_update_met():
     price = control.update(control.init(0), x, None, metrics)
     np.testing.assert_allclose(price, max(0.0, 0.04 + 2.0 * (statistics.mean(met) / 2 - 1e-3)), rtol=1e-4)
     assert control.read(price) != np.float32(0.04)
+
+
+def test_a_real_step_of_r2vpo_learns_again_from_the_batch_before_and_prices_what_it_met():
+    task, optimiser = addmod.addmod(4, validation_size=0, held_out_size=0), optax.adam(3e-2)
+    recipe = r2vpo.r2vpo(**FOUR, rate=1.0)
+    pieces, prompts = tiny.pieces(recipe, task, optimiser), [tiny.prompts(task, 4, 4 * i) for i in range(3)]
+    state = step.initial_state(recipe, tiny.network(task), optimiser, jax.random.key(0),
+                               carried=pieces.carried(prompts[0]))
+    run = jax.jit(step.composed(pieces))
+    price = np.float32(0.04)
+    for i, asked in enumerate(prompts):
+        state, metrics, x = run(state, asked)
+        np.testing.assert_allclose(metrics["control/price"], price, rtol=1e-6)
+        assert x.mask[16:].any() == (i > 0)  # the first step has only its own batch
+        assert (metrics["ratio_variance"] > 1e-4) == (i > 0)
+        price = max(0.0, price + metrics["ratio_variance"] - 0.02)
+        np.testing.assert_allclose(state.control["price"], price, rtol=1e-6)

@@ -13,7 +13,8 @@ def t_ppo(window: int = 2, clip: float = 0.2, value_clip: float = 0.5, value_coe
     """Clipped ratio times EGAE on the tokens of this window; the critic learns from whole answers.
 
     Args:
-      window: most tokens by which an answer grows per step; must be below the completion length.
+      window: most tokens by which an answer grows per step, at least 2 (the newest token of a cut answer has no
+        credit); must be below the completion length, or nothing is ever cut.
       clip, value_clip: half-widths of the bands of the ratio and of the value (reward units).
       value_coefficient: weight of the critic's loss.
       discount, decay: gamma and lambda, per token.

@@ -2,7 +2,7 @@
 from rl_jax.advantage import batch, group
 from rl_jax.loss import divergence, gate, ratio
 from rl_jax.recipe import Recipe, Rollout, Schedule, Turns, recipe
-from rl_jax.schedule import turns as carried
+from rl_jax.schedule import turns as carry
 from rl_jax.weighting import aggregate
 
 
@@ -21,15 +21,17 @@ def seeupo(group_size: int = 8, turns: int = 10, clip_low: float = 3e-4, clip_hi
       beta: weight of the KL to the reference (k3).
     """
     def loss(policy, x):
-        r = ratio.per_sequence_token(policy.logp, x.old_logp, x.mask)
+        s = ratio.per_sequence_token(policy.logp, x.old_logp, x.mask)
         away = divergence.k3(policy.logp, x.reference_logp)
-        return gate.ppo_clip(r, x.advantage, clip_low, clip_high) + beta * away, {"loss/kl": away}
+        return gate.ppo_clip(s, x.advantage, clip_low, clip_high) + beta * away, {"loss/kl": away}
+
+    def factor(carried, logp, old_logp, mask):
+        return carry.carried_ratio(carried, logp, old_logp, mask, band)
 
     return Recipe(
         rollout=Rollout(group_size, group_size_at_least=2),
         advantage=lambda x: batch.zscore_per_turn(group.centred(x.reward, x.group), x.turn, x.mask, turns),
         loss=loss,
         weighting=lambda x: aggregate.sequence_mean_token_mean(x.mask),
-        schedule=Schedule(turns=Turns(tuple(reversed(range(turns))), lambda m, now, before, mask: carried.carried_ratio(
-            m, now, before, mask, band))),
+        schedule=Schedule(turns=Turns(tuple(reversed(range(turns))), factor)),
         models=("old", "reference"))
