@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "rl_jax.recipe": (),
     **{f"rl_jax.{stage}": ("rl_jax.masked", "rl_jax.types", "kernels_pallas", f"rl_jax.{stage}")
        for stage in PURE_STAGES},
-    "rl_jax.rollout": ("rl_jax.rollout", "rl_jax.models", "rl_jax.recipe", "rl_jax.types", "kernels_pallas"),
+    "rl_jax.rollout": ("rl_jax.rollout", "rl_jax.models", "rl_jax.recipe", "rl_jax.record", "rl_jax.types",
+                       "kernels_pallas"),
     "rl_jax.models": ("rl_jax.models", "rl_jax.types", "kernels_pallas"),
     "rl_jax.learner": LEARNER,
     "rl_jax.learner.step": (*LEARNER, "rl_jax.tasks.judge", "rl_jax.tasks.task"),  # make_step takes a whole task
@@ -37,9 +38,11 @@ MAY_IMPORT = {
     "rl_jax.tasks": ("rl_jax.tasks", "rl_jax.reward", "rl_jax.types"),
     "rl_jax.experiment": ("rl_jax.learner.optimiser", "rl_jax.models.transformer", "rl_jax.recipe",
                           "rl_jax.tasks.task"),
-    "rl_jax.train": ("rl_jax.train", "rl_jax.experiment", "rl_jax.learner", "rl_jax.models", "rl_jax.rollout",
+    "rl_jax.comparison": ("rl_jax.experiment", "rl_jax.learner.optimiser", "rl_jax.models.transformer", "rl_jax.recipe",
+                          "rl_jax.tasks.task"),
+    "rl_jax.train": ("rl_jax.comparison", "rl_jax.train", "rl_jax.experiment", "rl_jax.learner", "rl_jax.models", "rl_jax.rollout",
                      "rl_jax.tasks", "rl_jax.reward.worker", "rl_jax.recipe", "rl_jax.types", "kernels_pallas"),
-    "configs": ("configs", "rl_jax.experiment", "rl_jax.recipes", "rl_jax.tasks", "rl_jax.models"),
+    "configs": ("configs", "rl_jax.comparison", "rl_jax.experiment", "rl_jax.recipes", "rl_jax.tasks", "rl_jax.models"),
     "scripts": ("rl_jax", "kernels_pallas", "configs"),
 }
 

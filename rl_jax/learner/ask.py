@@ -11,27 +11,26 @@ from rl_jax.learner import assemble, carry, collect, diagnostics
 from rl_jax.models.network import Network
 from rl_jax.recipe import Recipe
 from rl_jax.rollout import decode, mixed, window
-from rl_jax.tasks import task as tasks
 from rl_jax.types import Prompts, Samples, TrainState, Verdict
 
 Metrics = dict[str, Array]
 Ask = Callable[[TrainState, Prompts, Array, Array], tuple[Prompts, Samples, Verdict, Metrics, dict[str, Any]]]
 
 
-def make_ask(recipe: Recipe, task: tasks.Task, network: Network, verdict: collect.Judge | None,
-             axis: str | None = None) -> Ask:
+def make_ask(recipe: Recipe, network: Network, verdict: collect.Judge | None, *, completion_length: int, end_id: int,
+             pad_id: int, axis: str | None = None) -> Ask:
     """Returns ask(state, prompts, uniforms, version) -> (prompts, samples, verdict, metrics, carried).
 
     Of the state it reads the policy, the control and what is carried.
 
     Args:
       verdict: (prompts, samples) -> Verdict, from `tasks.judge`; None only without a rollout.
+      completion_length, end_id, pad_id: see `decode.make_rollout`.
       axis: name of the vmap axis over replicas, if there is one.
     """
     if recipe.rollout is None:
         return lambda state, prompts, uniforms, version: (*given_answers(prompts, version), {}, state.carried)
-    ends = {"completion_length": task.completion_length, "end_id": task.tokenizer.end_id,
-            "pad_id": task.tokenizer.pad_id, "axis": axis}
+    ends = {"completion_length": completion_length, "end_id": end_id, "pad_id": pad_id, "axis": axis}
     if recipe.rollout.window:
         return _in_windows(recipe, window.make_window(network, recipe.rollout, **ends), verdict)
     whole = decode.make_rollout(network, recipe.rollout, **ends)

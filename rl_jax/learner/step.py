@@ -90,7 +90,8 @@ def make_pieces(recipe: Recipe, task: tasks.Task, network: Network, optimiser: o
     if temperature == 0:
         raise ValueError("rollout temperature=0 draws the same answer every time and leaves nothing to learn; "
                          "give a positive one (1.0 samples the policy itself).")
-    ask = asking.make_ask(recipe, task, network, verdict, axis)
+    ask = asking.make_ask(recipe, network, verdict, completion_length=task.completion_length,
+                          end_id=task.tokenizer.end_id, pad_id=task.tokenizer.pad_id, axis=axis)
     policy_of = evaluate.make_evaluate(network, temperature)
     passes = update.make_passes(recipe, policy_of, optimiser, microbatches)
     replay = 0 if recipe.rollout is None else recipe.rollout.replay

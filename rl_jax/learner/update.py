@@ -181,7 +181,8 @@ def make_passes(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTra
     epochs, minibatches = recipe.schedule.epochs, recipe.schedule.minibatches
     update = make_update(recipe, evaluate, optimiser, microbatches)
     if recipe.schedule.turns is not None:
-        update = make_turns(recipe.schedule.turns, update, functools.partial(in_parts, evaluate, microbatches=microbatches))
+        said = functools.partial(in_parts, evaluate, microbatches=microbatches)
+        update = make_turns(recipe.schedule.turns, update, said)
 
     def passes(parameters: Parameters, state: Any, x: Experience, key: Array) -> tuple[Parameters, Any, Metrics]:
         if epochs == minibatches == 1:

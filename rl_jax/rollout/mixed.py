@@ -20,8 +20,8 @@ def with_answers(samples: Samples, prompts: Prompts, count: int) -> Samples:
       ValueError: if the prompts carry no answers.
     """
     if prompts.answer is None:
-        raise ValueError("this recipe puts given answers into its groups (rollout.given), and the prompts have none: take "
-                         "a task whose training examples have an `answer`.")
+        raise ValueError("this recipe puts given answers into its groups (rollout.given), and the prompts have none: "
+                         "take a task whose training examples have an `answer`.")
     rows, group = samples.mask.shape[0], samples.mask.shape[0] // prompts.lengths.shape[0]
     there = jnp.repeat(prompts.answer_mask.any(axis=1), group)
     given = there & (jnp.arange(rows) % group >= group - count)

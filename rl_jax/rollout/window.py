@@ -101,7 +101,8 @@ def whole(network: Network, rollout: Rollout, rows: int, completion_length: int)
     words = support.words_for(network.shape.vocabulary)
     bits = jnp.zeros((*shape, words), jnp.uint32) if rollout.truncated else None
     return Samples(tokens=jnp.zeros(shape, jnp.int32), mask=flag, rollout_logp=number, rollout_entropy=number,
-                   finished=flag[:, 0], version=jnp.zeros(rows, jnp.int32), support=bits, complete=flag[:, 0], fresh=flag)
+                   finished=flag[:, 0], version=jnp.zeros(rows, jnp.int32), support=bits, complete=flag[:, 0],
+                   fresh=flag)
 
 
 def _choose(busy: Bool[Array, " P"], old: Array, new: Array) -> Array:

@@ -29,6 +29,7 @@ class Stream(Iterator[types.Prompts]):
         process_index: int = 0,
         process_count: int = 1,
         need_answers: bool = False,
+        with_answers: bool = False,
     ):
         """Opens the stream at its first batch.
 
@@ -39,7 +40,8 @@ class Stream(Iterator[types.Prompts]):
           seed: fixes the order; at least 0.
           process_index: which share of each batch is this process's.
           process_count: processes that share each batch.
-          need_answers: whether the prompts carry worked solutions.
+          need_answers: whether every prompt must carry a worked solution.
+          with_answers: whether prompts carry the worked solutions that there are.
         """
         if split not in task.splits:
             raise ValueError(f"split={split!r}: task {task.name!r} has {sorted(task.splits)}.")
@@ -47,13 +49,17 @@ class Stream(Iterator[types.Prompts]):
             raise ValueError(f"prompts_per_batch={prompts_per_batch}, process_index={process_index}, process_count="
                              f"{process_count}: the batch must be a positive multiple of process_count and the index "
                              "below it.")
+        if with_answers and all(example.answer is None for example in task.splits[split]):
+            raise ValueError(f"task {task.name!r}: no example of {split!r} has a worked solution, and the recipe puts them "
+                             "into its groups. Take a recipe that only draws its answers, or a task that has some.")
         self._made_from = {
             "task": task.name, "questions": task.fingerprint, "tokenizer": task.tokenizer.fingerprint, "split": split,
             "examples": len(task.splits[split]), "seed": seed, "prompts_per_batch": prompts_per_batch}
         examples = task.splits[split]
 
         def prompts(indices: Sequence[int]) -> types.Prompts:
-            return batch(task, [examples[i] for i in indices], indices=indices, need_answers=need_answers)
+            return batch(task, [examples[i] for i in indices], indices=indices, need_answers=need_answers,
+                         with_answers=with_answers)
 
         order = grain.MapDataset.range(len(examples)).shuffle(seed=seed).repeat(PASSES)[process_index::process_count]
         batches = order.batch(prompts_per_batch // process_count, batch_fn=prompts)
@@ -91,6 +97,7 @@ def batch(
     *,
     indices: Sequence[int] | None = None,
     need_answers: bool = False,
+    with_answers: bool = False,
 ) -> types.Prompts:
     """Examples of a task as right-padded NumPy arrays.
 
@@ -98,19 +105,20 @@ def batch(
       task: gives S, T and the padding.
       examples: P of them, at least one.
       indices: which examples they are; 0 to P - 1 unless told.
-      need_answers: whether the prompts carry worked solutions.
+      need_answers: whether every prompt must carry a worked solution.
+      with_answers: whether prompts carry the worked solutions that there are; the mask of one without is all False.
     """
     if not examples:
         raise ValueError(f"task {task.name!r}: a batch needs at least one example.")
     pad = task.tokenizer.pad_id
     tokens, mask = _padded([e.prompt for e in examples], task.prompt_length, pad, "prompt_length")
     answer = answer_mask = None
-    if need_answers:
+    if need_answers or with_answers:
         missing = [e.text for e in examples if e.answer is None]
-        if missing:
+        if missing and need_answers:
             raise ValueError(f"task {task.name!r}: {missing[0][:80]!r} has no worked solution to learn from. Take a "
                              "recipe that draws its answers, or a task whose examples have them.")
-        answer, answer_mask = _padded([e.answer for e in examples], task.completion_length, pad, "completion_length")
+        answer, answer_mask = _padded([e.answer or () for e in examples], task.completion_length, pad, "completion_length")
     return types.Prompts(
         tokens=tokens, lengths=mask.sum(axis=1, dtype=np.int32),
         example=np.asarray(range(len(examples)) if indices is None else indices, np.int32),

@@ -11,6 +11,7 @@ from jaxtyping import Array, Key
 from rl_jax.experiment import Phase
 from rl_jax.learner import optimiser, step
 from rl_jax.models.network import Network
+from rl_jax.recipe import Recipe
 from rl_jax.tasks import judge
 from rl_jax.tasks import task as tasks
 from rl_jax.tasks.stream import Stream, batch
@@ -72,7 +73,7 @@ class PhaseLoop:
     def stream(self, seed: int) -> Stream:
         """The phase's prompts, at their beginning."""
         return Stream(self.task, "train", self.phase.prompts_asked, seed=seed,
-                      need_answers=self.phase.recipe.needs_answers)
+                      **_answers(self.phase.recipe))
 
     def initial_state(self, key: Key[Array, ""], policy: Parameters | None = None) -> TrainState:
         """The state before the first step, with a leading axis of replicas if there are several.
@@ -88,7 +89,7 @@ class PhaseLoop:
     def _initialisers(self) -> tuple[Callable[..., TrainState], Callable[..., TrainState]]:
         """Compiled once each: from fresh weights, and from those of the phase before."""
         examples = self.task.splits["train"]
-        like = batch(self.task, [examples[0]] * self.phase.prompts_asked, need_answers=self.phase.recipe.needs_answers)
+        like = batch(self.task, [examples[0]] * self.phase.prompts_asked, **_answers(self.phase.recipe))
 
         def one(key, policy):
             return step.initial_state(self.phase.recipe, self.network, self.optimiser, key, policy,
@@ -156,6 +157,11 @@ class PhaseLoop:
             state, metrics, experience = program(state, prompts, samples, jax.device_put(verdict))
             done += 1
             yield Tick(done, state, metrics, experience, stream.state(), pending)
+
+
+def _answers(recipe: Recipe) -> dict[str, bool]:
+    drawn = recipe.rollout is not None
+    return {"need_answers": not drawn, "with_answers": drawn and recipe.needs_answers}
 
 
 def batches(stream: Iterator[Prompts], count: int) -> Prompts:

@@ -10,7 +10,7 @@ import pytest
 from rl_jax.advantage import batch
 from tests import numeric
 
-# Turns between holes: the fourth sequence has only the second turn, the fifth nothing, the sixth a turn beyond the last.
+# Turns between holes: the fourth sequence has only the second turn, the fifth nothing, the sixth one beyond the last.
 TURN = np.array([[0, 0, 1, 1, 1, 9], [0, 1, 1, 2, 2, 9], [0, 0, 0, 0, 0, 0], [9, 9, 1, 9, 1, 9], [0, 1, 2, 0, 1, 2],
                  [0, 3, 3, 1, 1, 1]])
 MASK = np.array([[1, 1, 0, 1, 1, 0], [1, 1, 0, 1, 1, 0], [1, 0, 1, 1, 1, 1], [0, 0, 1, 0, 1, 0], [0] * 6,
@@ -37,7 +37,8 @@ def oracle(credit, limit=3.0, smallest=1e-6):
 @pytest.mark.parametrize("scale, options", [(1.0, {}), (7.0, {}), (1.0, {"limit": 0.5}), (1.0, {"smallest": 1.2})])
 def test_against_loops(scale, options):
     """Turn 2 belongs to one sequence alone, whose credit stays as it is; a large one is clipped all the same."""
-    found = numeric.in_float64(functools.partial(batch.zscore_per_turn, turns=TURNS, **options), scale * CREDIT, TURN, MASK)
+    function = functools.partial(batch.zscore_per_turn, turns=TURNS, **options)
+    found = numeric.in_float64(function, scale * CREDIT, TURN, MASK)
     np.testing.assert_allclose(found, oracle(scale * CREDIT, **options), rtol=1e-9, atol=1e-12)
     assert found[1, 3] == np.clip(scale * CREDIT[1], *(np.array([-1, 1]) * options.get("limit", 3.0)))
 

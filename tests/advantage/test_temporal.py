@@ -99,7 +99,7 @@ def test_extended_gae_is_gae_where_nothing_is_cut():
 
 @pytest.mark.parametrize("cut, expected", [(True, [0.395, 0.1, 0.0]), (False, [-0.1465, -0.47, -0.6])])
 def test_extended_gae_worked_example(cut, expected):
-    # Formula sheet of T-PPO: no reward, values (.2, .5, .6), discount 1, decay .95; below, what taking it as the end gives.
+    # Formula sheet of T-PPO: no reward, values (.2, .5, .6), discount 1, decay .95; then, taken as the end.
     values = jnp.array([[0.2, 0.5, 0.6]])
     found = temporal.extended_gae(jnp.zeros((1, 3)), values, jnp.ones((1, 3), bool), jnp.array([cut]), 1.0, 0.95)
     np.testing.assert_allclose(found, [expected], rtol=1e-6, atol=1e-7)
@@ -114,12 +114,12 @@ def test_the_first_token_of_an_answer_that_goes_on_earns_nothing():
 
 @pytest.mark.parametrize("length", [1, 3, 6])
 def test_a_cut_answers_advantage_is_the_whole_answers_without_what_came_later(length):
-    """A_t of the whole = A_t of the first l tokens + (discount decay)^(l - t) A_l, where V_l is V_{l-1} as EGAE supposes."""
+    """A_t of the whole = A_t of the first l tokens + (discount decay)^(l - t) A_l, where V_l is V_{l-1}."""
     reward, values = (numeric.normal(seed, 1, 7) for seed in (2, 3))
     values[0, length] = values[0, length - 1]
     whole = numeric.in_float64(temporal.gae, reward, values, np.ones((1, 7), bool), DISCOUNT, DECAY)
-    cut = numeric.in_float64(temporal.extended_gae, reward, values, np.arange(7)[None] < length, np.array([True]), DISCOUNT,
-                             DECAY)
+    first = np.arange(7)[None] < length
+    cut = numeric.in_float64(temporal.extended_gae, reward, values, first, np.array([True]), DISCOUNT, DECAY)
     for t in range(length):
         rest = (DISCOUNT * DECAY) ** (length - t) * whole[0, length]
         np.testing.assert_allclose(cut[0, t] + rest, whole[0, t], rtol=1e-9)

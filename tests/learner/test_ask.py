@@ -24,12 +24,14 @@ OPTIMISER = optax.adam(1e-2)
 
 
 def states(pieces, recipe, task, optimiser, prompts, seed=0):
-    return step.initial_state(recipe, tiny.network(task), optimiser, jax.random.key(seed), carried=pieces.carried(prompts))
+    return step.initial_state(recipe, tiny.network(task), optimiser, jax.random.key(seed),
+                              carried=pieces.carried(prompts))
 
 
 def drawn_at_once(task, rollout, state, prompts):
     """Whole answers of step 0, by the weights of a state."""
-    ends = {"completion_length": task.completion_length, "end_id": task.tokenizer.end_id, "pad_id": task.tokenizer.pad_id}
+    ends = {"completion_length": task.completion_length, "end_id": task.tokenizer.end_id,
+            "pad_id": task.tokenizer.pad_id}
     numbers = decode.make_uniforms(jax.random.fold_in(state.key, 0), P, rollout.group_size, task.completion_length)
     return jax.jit(decode.make_rollout(tiny.network(task), rollout, **ends))(
         state.parameters["policy"], prompts, numbers, jnp.int32(0))
@@ -46,7 +48,8 @@ def with_given(count=COUNT, **rollout):
     def loss(policy, x):
         return gate.ppo_clip(ratio.per_token(policy.logp, x.rollout_logp), x.advantage, 0.2, 0.2)
 
-    return Recipe(rollout=Rollout(G, given=count, **rollout), advantage=lambda x: group.centred(x.reward, x.group), loss=loss,
+    return Recipe(rollout=Rollout(G, given=count, **rollout), loss=loss,
+                  advantage=lambda x: group.centred(x.reward, x.group),
                   weighting=lambda x: aggregate.token_mean(x.mask), models=("old",), name="with_given")
 
 
@@ -103,9 +106,9 @@ def test_given_answers_have_the_learners_own_log_probability_so_every_ratio_is_o
     prompts = jax.tree.map(lambda a: jnp.repeat(a, G, axis=0)[given], asked())
     rows = jax.tree.map(lambda a: a[given], dataclasses.replace(x, prompts=None, coefficients=None, support=None))
     expected = whole(state.parameters, dataclasses.replace(rows, prompts=prompts)).logp
-    mask = np.asarray(rows.mask)
-    np.testing.assert_allclose(np.asarray(x.rollout_logp)[given][mask], np.asarray(expected)[mask], rtol=1e-5, atol=1e-6)
-    assert (np.asarray(x.rollout_logp)[given][mask] < 0).all()
+    mask, found = np.asarray(rows.mask), np.asarray(rows.rollout_logp)
+    np.testing.assert_allclose(found[mask], np.asarray(expected)[mask], rtol=1e-5, atol=1e-6)
+    assert (found[mask] < 0).all()
     np.testing.assert_allclose([metrics["policy/ratio_max"], metrics["policy/ratio_min"]], 1.0, rtol=1e-5)
     assert metrics["rollout/logp_gap_nats"] < 1e-5 and metrics["gradient/norm"] > 0
 
@@ -181,12 +184,14 @@ def test_metrics_are_of_complete_answers_and_of_the_fresh_tokens():
 
 
 def test_the_verifier_is_told_what_is_in_the_places_and_only_what_it_says_of_whole_answers_counts():
-    """It fails on every other answer and says the prompt's number of the rest; half an answer is learned from all the same."""
+    """It fails on every other answer and says the prompt's number of the rest; half an answer is learned from all the
+    same."""
     def verdict(prompts, samples):
         return Verdict(score=prompts.example + 0.5, parts={}, failed=jnp.arange(P) % 2 == 0)
 
     pieces = tiny.pieces(WINDOWS, CHAIN, tiny.recorder(), judged=verdict)
-    state, run = states(pieces, WINDOWS, CHAIN, tiny.recorder(), tiny.prompts(CHAIN, P), seed=9), jax.jit(step.composed(pieces))
+    state = states(pieces, WINDOWS, CHAIN, tiny.recorder(), tiny.prompts(CHAIN, P), seed=9)
+    run = jax.jit(step.composed(pieces))
     odd, kinds = np.arange(P) % 2 == 1, set()
     for k in range(2):
         state, metrics, x = run(state, tiny.prompts(CHAIN, P, first=P * k))

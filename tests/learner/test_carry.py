@@ -1,4 +1,4 @@
-"""Rollouts of earlier steps: learned from again with the versions they were drawn by, and saved with everything else."""
+"""Rollouts of earlier steps: learned from again, with the versions that drew them, and saved with everything else."""
 import dataclasses
 import functools
 import io
@@ -45,7 +45,8 @@ def drawn(number):
     shape, value = (2 * G, T), jnp.full((2 * G, T), float(number))
     samples = Samples(tokens=value.astype(int), mask=jnp.ones(shape, bool), rollout_logp=value, rollout_entropy=value,
                       finished=jnp.ones(2 * G, bool), version=jnp.full(2 * G, number))
-    return toy.prompts(2), samples, Verdict(score=value[:, 0], parts={"steps": value[:, 1]}, failed=jnp.zeros(2 * G, bool))
+    verdict = Verdict(score=value[:, 0], parts={"steps": value[:, 1]}, failed=jnp.zeros(2 * G, bool))
+    return toy.prompts(2), samples, verdict
 
 
 def test_the_newest_batch_comes_first_and_the_oldest_is_forgotten():
@@ -54,7 +55,8 @@ def test_the_newest_batch_comes_first_and_the_oldest_is_forgotten():
         earlier = carry.pushed(drawn(number), earlier)
     prompts, samples, verdict = carry.joined(drawn(4), earlier)
     expected = np.repeat([4, 3, 2], 2 * G)
-    for values in (samples.tokens[:, 0], samples.rollout_logp[:, 1], samples.version, verdict.score, verdict.parts["steps"]):
+    for values in (samples.tokens[:, 0], samples.rollout_logp[:, 1], samples.version, verdict.score,
+                   verdict.parts["steps"]):
         np.testing.assert_array_equal(values, expected)
     np.testing.assert_array_equal(prompts.example, [0, 1] * 3)
     np.testing.assert_array_equal(prompts.facts["answer"], [0, 1] * 3)
@@ -115,7 +117,7 @@ def test_the_batch_of_a_step_holds_those_of_the_steps_before(replayed):
             for name in ("tokens", "mask", "rollout_logp", "score", "finished"):
                 np.testing.assert_array_equal(np.asarray(vars(x)[name])[part], vars(fresh[k - age])[name])
             np.testing.assert_array_equal(x.version[part], k - age)
-            np.testing.assert_array_equal(x.prompts.example[age * P:(age + 1) * P], [P * (k - age) + i for i in range(P)])
+            np.testing.assert_array_equal(x.prompts.example[age * P:(age + 1) * P], P * (k - age) + np.arange(P))
         ages = np.repeat(np.arange(COUNT + 1), rows)[np.asarray(x.mask).any(axis=1)]
         assert float(metrics["rollout/age_steps"]) == pytest.approx(ages.mean())
         np.testing.assert_array_equal(x.fresh, np.asarray(x.mask) & (np.arange(len(x.mask)) < rows)[:, None])
@@ -160,8 +162,9 @@ def test_steps_in_one_dispatch_and_replicas_are_single_steps():
     side_by_side = tiny.pieces(BOTH, CHAIN, OPTIMISER, axis=step.SEED_AXIS)
     many = jax.jit(step.composed(side_by_side, steps_per_call=3, seeds=2))
     asked = [tiny.prompts(CHAIN, P, first=P * k) for k in range(6)]
-    tiny.same(side_by_side.carried(asked[0]), pieces.carried(asked[0]))
-    states = [step.initial_state(BOTH, tiny.network(CHAIN), OPTIMISER, jax.random.key(seed), carried=pieces.carried(asked[0]))
+    carried = pieces.carried(asked[0])
+    tiny.same(side_by_side.carried(asked[0]), carried)
+    states = [step.initial_state(BOTH, tiny.network(CHAIN), OPTIMISER, jax.random.key(seed), carried=carried)
               for seed in (9, 6)]
     found, tokens = stacked(states), []
     for k in range(2):
@@ -201,4 +204,5 @@ def test_stopped_and_continued_is_as_if_never_stopped(tmp_path):
     for name in ("rollout/age_steps", "rollout/prompts_not_asked", "loss/policy", "loss/value"):
         assert all(np.isfinite(row[name]) for row in rows) and any(row[name] != 0 for row in rows)
     table = list(metrics.rows(tmp_path / "whole" / "rollouts.jsonl"))
-    assert [row["step"] for row in table] == list(range(1, 7)) and table[0]["tokens"] <= 2, "half an answer is its tokens"
+    assert [row["step"] for row in table] == list(range(1, 7))
+    assert table[0]["tokens"] <= 2, "half an answer is the tokens it has"

@@ -30,7 +30,8 @@ def experience(kept=None):
     tokens = rng.integers(0, V, shape) if kept is None else kept.argmax(axis=2)
     samples = Samples(tokens=jnp.asarray(tokens, jnp.int32), mask=jnp.asarray(np.arange(T) < [[3], [2], [3], [1]]),
                       rollout_logp=zero, rollout_entropy=zero, finished=jnp.ones(P * G, bool),
-                      version=jnp.zeros(P * G, jnp.int32), support=None if kept is None else pack_support(jnp.asarray(kept)))
+                      version=jnp.zeros(P * G, jnp.int32),
+                      support=None if kept is None else pack_support(jnp.asarray(kept)))
     verdict = Verdict(score=jnp.zeros(P * G), parts={}, failed=jnp.zeros(P * G, bool))
     return assemble.experience(tiny.prompts(TASK, P), samples, verdict, seed=jnp.asarray([7, 8, 9, 10], jnp.uint32))
 
@@ -76,13 +77,17 @@ def test_moments_and_views_are_constants_of_the_policy_before_the_batch(microbat
         full = assemble.selected(recipe, full)
         return full.second_moment, full.third_moment, full.hidden_square, full.view.turned
 
-    found, slope = jax.jit(lambda policy: (full(policy), jax.grad(lambda p: sum(a.sum() for a in full(p)))(policy)))(POLICY)
+    def total(policy):
+        return sum(values.sum() for values in full(policy))
+
+    found, slope = jax.jit(lambda policy: (full(policy), jax.grad(total)(policy)))(POLICY)
     tiny.same(slope, jax.tree.map(jnp.zeros_like, POLICY))
     expected = jax.jit(evaluate.make_moments(NETWORK, 0.7))({"policy": POLICY}, x)
     for values, whole in zip(found, expected, strict=False):
         np.testing.assert_allclose(values, np.where(x.mask, whole, 0.0), rtol=1e-5)
     mask = np.asarray(x.mask)
-    np.testing.assert_allclose(np.asarray(found[3])[mask], under(turned(x.prompts, x.seed[::G]), x, 0.7)[mask], atol=1e-4)
+    view = under(turned(x.prompts, x.seed[::G]), x, 0.7)
+    np.testing.assert_allclose(np.asarray(found[3])[mask], view[mask], atol=1e-4)
     assert not np.asarray(found[3])[~mask].any()
 
 
@@ -105,7 +110,8 @@ def under(prompts, x, temperature):
     rows = []
     for n in range(P * G):
         tokens = np.asarray(x.tokens)[n]
-        every = oracle.logp(NETWORK.shape, oracle.float64(POLICY), prompt_of(prompts, n), tokens, temperature=temperature)
+        every = oracle.logp(NETWORK.shape, oracle.float64(POLICY), prompt_of(prompts, n), tokens,
+                            temperature=temperature)
         rows.append(every[np.arange(T), tokens])
     return np.stack(rows)
 

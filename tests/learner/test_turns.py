@@ -112,7 +112,7 @@ def test_a_turn_that_nobody_has_is_passed_over():
 
 
 def test_metrics_are_of_the_turns_that_were_taken():
-    """Means over two of three steps; the gap is that of the first one taken, the smallest ratio is not an absent turn's."""
+    """Means over one of three steps; the gap is that of the first one taken, no ratio is an absent turn's."""
     _, _, one = updated(in_order(1), optax.sgd(0.0))
     _, _, both = updated(in_order(7, 1, 6), optax.sgd(0.0))
     tiny.same(both, one, rtol=1e-6)
@@ -205,7 +205,8 @@ def test_one_reverse_sweep_of_greedy_steps_is_backward_induction():
     uniform = {"first": jnp.zeros((CASES, ARMS)), "second": jnp.zeros((CASES, ARMS, ARMS))}
     best = TABLES.max(axis=(1, 2))
     exact = functools.partial(turns.carried_ratio, band=1e9)
-    found = {order: value(swept(bandit(order, exact), 1e5)(uniform, TABLES), TABLES) for order in ((1, 0), (0, 1), None)}
+    found = {order: value(swept(bandit(order, exact), 1e5)(uniform, TABLES), TABLES)
+             for order in ((1, 0), (0, 1), None)}
     np.testing.assert_allclose(found[1, 0], best, rtol=1e-4)
     for order in ((0, 1), None):
         missed = (found[order] < best - 1e-3).mean()

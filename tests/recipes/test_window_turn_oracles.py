@@ -122,8 +122,8 @@ def oracle_seeupo(batch, turn, turns, low=3e-4, high=4e-4, beta=0.002):
 
 
 @pytest.mark.parametrize("options, oracle", [
-    ({}, {}), ({"beta": 0.5, "clip_low": 0.1, "clip_high": 0.2}, {"beta": 0.5, "low": 0.1, "high": 0.2}), ({"turns": 1}, {})],
-    ids=str)
+    ({}, {}), ({"turns": 1}, {}),
+    ({"beta": 0.5, "clip_low": 0.1, "clip_high": 0.2}, {"beta": 0.5, "low": 0.1, "high": 0.2})], ids=str)
 def test_seeupo(options, oracle):
     """The toy batch has two turns; with turns=1 the second one has no credit."""
     recipe = seeupo.seeupo(**options)

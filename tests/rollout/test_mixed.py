@@ -25,8 +25,9 @@ def prompts(**fields):
 
 def samples(support=None):
     number = jnp.arange(ROWS * T, dtype=jnp.float32).reshape(ROWS, T)
-    return Samples(tokens=number.astype(int), mask=number % 3 != 0, rollout_logp=-1 - number, rollout_entropy=1 + number,
-                   finished=jnp.zeros(ROWS, bool), version=jnp.arange(ROWS), support=support)
+    return Samples(tokens=number.astype(int), mask=number % 3 != 0, rollout_logp=-1 - number,
+                   rollout_entropy=1 + number, finished=jnp.zeros(ROWS, bool), version=jnp.arange(ROWS),
+                   support=support)
 
 
 @pytest.mark.parametrize("count", [1, 3])

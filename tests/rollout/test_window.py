@@ -1,4 +1,4 @@
-"""Answers that grow by windows: equal to those drawn at once, and what each step says of them, scripted token by token."""
+"""Answers that grow by windows: equal to those drawn at once, and what each step says of them, token by token."""
 import dataclasses
 import functools
 
@@ -26,7 +26,8 @@ def prompts(seed, count=P):
     rng = np.random.default_rng(seed)
     number = 100 * seed + jnp.arange(count, dtype=jnp.int32)
     return Prompts(tokens=jnp.asarray(rng.integers(2, V, (count, S)), jnp.int32), example=number, domain=number % 2,
-                   lengths=jnp.asarray(rng.integers(1, S + 1, count), jnp.int32), facts={"number": 1.0 * number[:, None]})
+                   lengths=jnp.asarray(rng.integers(1, S + 1, count), jnp.int32),
+                   facts={"number": 1.0 * number[:, None]})
 
 
 def empty(rollout, count=P):
@@ -49,7 +50,8 @@ def grown(rollout, steps, parameters=PARAMETERS):
     """Slots after each step; prompts and random numbers of step k are those of seed k + 1."""
     slots, found = empty(rollout), []
     for k in range(steps):
-        slots = grower(rollout)(parameters, slots, prompts(k + 1), uniforms(k + 1, rollout.group_size), jnp.int32(10 + k))
+        numbers = uniforms(k + 1, rollout.group_size)
+        slots = grower(rollout)(parameters, slots, prompts(k + 1), numbers, jnp.int32(10 + k))
         found.append(slots)
     return found
 
@@ -177,7 +179,7 @@ def test_fresh_complete_finished_and_version(script):
 
 
 def test_each_window_is_drawn_by_the_weights_of_its_step():
-    """Log-probabilities: those of the first tokens are the first weights', those of the later ones the later weights'."""
+    """Log-probabilities: those of the first tokens are the first weights', of the later ones the later weights'."""
     rollout, other = Rollout(1, window=2), jax.tree.map(lambda a: 0.7 * a, PARAMETERS)
     asked, numbers, slots = prompts(1), uniforms(1, 1), empty(rollout)
     weights = (PARAMETERS, other, PARAMETERS)

@@ -119,6 +119,18 @@ def test_batch_refuses_what_it_cannot_make(task):
         stream.batch(task, [dataclasses.replace(examples[0], prompt=[2] * 5)])
 
 
+def test_answers_that_there_are_may_be_carried_without_being_needed(task):
+    examples = task.splits["train"][:2]
+    half = [examples[0], dataclasses.replace(examples[1], answer=None)]
+    with pytest.raises(ValueError, match="no worked solution to learn from"):
+        stream.batch(task, half, need_answers=True)
+    made = stream.batch(task, half, with_answers=True)
+    assert made.answer_mask[0].any() and not made.answer_mask[1].any()
+    none = dataclasses.replace(task, splits={"train": [half[1]]})
+    with pytest.raises(ValueError, match="no example of 'train' has a worked solution"):
+        stream.Stream(none, "train", 1, seed=0, with_answers=True)
+
+
 def test_a_batch_is_made_quickly():
     source = stream.Stream(chain.chain(), "train", 128, seed=0, need_answers=True)
     next(source)
