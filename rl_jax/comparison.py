@@ -54,7 +54,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Recipes by name, and what they all get: replica r of each starts from the same weights and draws with the same key.
+    """Recipes by name, and what they all get: replica r of each has the same weights, prompts and key.
 
     Attributes:
       baseline: name of the recipe that the others are compared with; the first if empty.

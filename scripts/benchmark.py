@@ -149,6 +149,8 @@ def programs() -> Sequence[Row]:
 
 def recipes() -> Sequence[Row]:
     """Seconds per step of every recipe ("other") against baselines.grpo's ("ours"): `chain`, 256 answers a step."""
+    import rich.progress
+
     from rl_jax import experiment
     from rl_jax.models.network import Network
     from rl_jax.models.transformer import Shape
@@ -158,7 +160,7 @@ def recipes() -> Sequence[Row]:
     network = Network(Shape(vocabulary=task.tokenizer.size, width=128, layers=2, heads=4, key_heads=2, head_size=32,
                             inner=256))
     grpo, rows = _stepper(task, network, "baselines.grpo")[1], []
-    for name in experiment.names("rl_jax.recipes"):
+    for name in rich.progress.track(experiment.names("rl_jax.recipes"), "recipes"):
         recipe, one = _stepper(task, network, name)
         ours, other = alternating(grpo, one)
         rows.append(Row(name, ours / 4, other / 4, remark=_unlike_grpo(recipe)))

@@ -83,7 +83,7 @@ REFUSED = {
     "no rollout": (with_recipes({"sft": sft()}), ["'sft'", "draws none"]),
     "teacher": (with_recipes({"grpo": dataclasses.replace(grpo(), models=("reference", "teacher"))}), ["teacher"]),
     "budget": (with_recipes({"grpo": grpo(group_size=3)}), ["answers_per_step=8", "multiple of 3"]),
-    "budget, minibatches": (with_recipes({"grpo": grpo(group_size=4, minibatches=4)}), ["multiple of 16", "4 minibatches"]),
+    "minibatches": (with_recipes({"grpo": grpo(group_size=4, minibatches=4)}), ["multiple of 16", "4 minibatches"]),
     "seeds": (lambda: tiny_comparison.comparison(seeds=0), ["scale.seeds=0"]),
     "steps": (lambda: tiny_comparison.comparison(steps=3), ["steps=3", "steps_per_call=2"]),
     "none": (with_recipes({}), ["at least one recipe"]),
@@ -91,7 +91,7 @@ REFUSED = {
     "section": (changed(lambda config: config.update(recipe=1)), ["no field 'recipe'", "recipes"]),
     "argument": (changed(lambda config: config.recipes.grpo.args.update(clop=1)), ["config.recipes.grpo.args", "clop"]),
     "unknown": (lambda: tiny_comparison.get_config("baselines.grpoo"), ["'baselines.grpoo'", "Did you mean"]),
-    "host, seeds in the start": (changed(lambda config: None, before=(warm_start(seeds=2),)), ["before[0].scale.seeds=2"]),
+    "seeds of the start": (changed(lambda config: None, before=(warm_start(seeds=2),)), ["before[0].scale.seeds=2"]),
 }
 
 

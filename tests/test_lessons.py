@@ -164,7 +164,7 @@ def test_dynamic_sampling_replaces_groups_within_a_budget_and_counts_the_discard
     recipe = Recipe(rollout=Rollout(G, resample=2), selection=lambda x: outcome.mixed(x.score, x.group),
                     loss=lambda policy, x: policy.logp, weighting=lambda x: x.mask)
 
-    def draw(parameters, prompts, uniforms, version):
+    def draw(parameters, prompts, uniforms, version, coefficient):
         return samples(jnp.repeat(prompts.example, G)[:, None], jnp.ones((P * G, 1), bool))
 
     def judged(prompts, drawn):

@@ -45,7 +45,8 @@ def figure(curves: Mapping[str, Curve], title: str = "") -> figures.Figure:
     _name_ends(axes, sorted(ends), steps)
     axes.set_title(title, loc="left", color=INK, fontsize=11)
     axes.set_xlabel("step", color=SOFT)
-    axes.set_ylabel(f"mean score of the drawn answers\n(running mean over {window} steps, ± 1 standard error)", color=SOFT)
+    axes.set_ylabel(f"mean score of the drawn answers\n(running mean over {window} steps, ± 1 standard error)",
+                    color=SOFT)
     axes.set_axisbelow(True)
     axes.grid(axis="y", color=LINE, linewidth=0.8)
     axes.tick_params(colors=SOFT)
@@ -57,8 +58,8 @@ def figure(curves: Mapping[str, Curve], title: str = "") -> figures.Figure:
 def budget(comparison: Comparison) -> str:
     """What every recipe was given, in one line."""
     scale = comparison.scale
-    return (f"Learning {comparison.task.name}: {scale.steps} steps of {scale.answers_per_step} answers for each recipe, "
-            f"{scale.seeds} replica{'s' if scale.seeds > 1 else ''}")
+    return (f"Learning {comparison.task.name}: {scale.steps} steps of {scale.answers_per_step} answers for each "
+            f"recipe, {scale.seeds} replica{'s' if scale.seeds > 1 else ''}")
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
@@ -108,8 +109,10 @@ def legend(curves: Mapping[str, Curve], baseline: str) -> str:
       baseline: the recipe that the others are compared with.
     """
     replicas = next(iter(curves.values())).score.shape[1]
-    lines = (f"Lines are means over {replicas} replicas, bands and errors ± 1 standard error over them."
-             if replicas > 1 else "One run of each recipe: nothing is known of its error.")
+    lines = "One run of each recipe: nothing is known of its error."
+    if replicas > 1:
+        lines = (f"Lines are means over {replicas} replicas, bands and errors ± 1 standard error over them (they see the "
+                 "same prompts, so it is the error of weights and draws).")
     return (f"{lines} score: over the last tenth of the steps; share, difference: of and from that of {baseline}, the "
             "difference replica by replica; half way: step at which the running mean is half way from the first step's "
             "score to the best; step: median time, of all replicas that are trained side by side; answers: asked per "
@@ -146,7 +149,8 @@ def write(workdir: pathlib.Path | str, comparison: Comparison, curves: Mapping[s
     notes = of_replicas.skips(curves)
     page = string.Template((importlib.resources.files("rl_jax.train") / "compare_page.html").read_text("utf-8"))
     text = page.substitute(
-        title=html.escape(workdir.resolve().name), budget=html.escape(about), legend=html.escape(legend(curves, comparison.reference)),
+        title=html.escape(workdir.resolve().name), budget=html.escape(about),
+        legend=html.escape(legend(curves, comparison.reference)),
         picture=base64.b64encode(picture.getvalue()).decode(),
         described=html.escape(f"Mean score over steps of {', '.join(curves)}; the last values are in the table."),
         heads="".join(f"<th>{html.escape(head)}</th>" for head in heads),

@@ -42,7 +42,7 @@ class Row:
       name: of the recipe.
       score, score_stderr: mean over the last tenth of the steps.
       share: of the baseline's score.
-      difference, difference_stderr: from the baseline's score, replica by replica (they share weights, prompts and keys).
+      difference, difference_stderr: from the baseline's score, replica by replica: those share weights and keys.
       half_way: step at which the running mean is first half way from the baseline's score in the first step to the
         best recipe's in the last tenth; None if never.
       step_s: median seconds per step.

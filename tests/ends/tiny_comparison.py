@@ -1,4 +1,5 @@
 """The smallest real comparisons; as a config for scripts/compare.py, two recipes of a pure task."""
+import dataclasses
 from typing import Any
 
 import ml_collections
@@ -31,5 +32,4 @@ def comparison(recipes: dict[str, Any] | None = None, **given: Any) -> Compariso
     parsed = comparisons.parse(get_config(**given))
     if recipes is None:
         return parsed
-    return Comparison(**{**{name: vars(parsed)[name] for name in ("task", "shape", "optimiser", "scale", "run", "before")},
-                         "recipes": recipes})
+    return dataclasses.replace(parsed, recipes=recipes, baseline="")

@@ -25,7 +25,8 @@ RECIPES = {"reinforce": LEARNS, "again": replace(LEARNS, name="again"), "grpo": 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     workdir, said = tmp_path_factory.mktemp("compared"), io.StringIO()
-    found = compare.run(tiny_comparison.comparison(RECIPES), workdir, console=rich.console.Console(file=said, width=200))
+    console = rich.console.Console(file=said, width=200)
+    found = compare.run(tiny_comparison.comparison(RECIPES), workdir, console=console)
     return workdir, found, said.getvalue()
 
 

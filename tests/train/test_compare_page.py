@@ -79,7 +79,8 @@ def test_lines_bands_and_names():
     axes, = drawn.axes
     assert len(axes.lines) == len(axes.collections) == len(FOUND)
     assert sorted(text.get_text() for text in axes.texts) == sorted(FOUND)
-    assert axes.get_xlabel() == "step" and "± 1 standard error" in axes.get_ylabel() and axes.get_title("left") == "title"
+    assert axes.get_xlabel() == "step" and "± 1 standard error" in axes.get_ylabel()
+    assert axes.get_title("left") == "title"
     lowest = min(band.get_paths()[0].vertices[:, 1].min() for band in axes.collections)
     assert axes.get_ylim()[0] <= lowest
 

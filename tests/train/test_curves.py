@@ -9,8 +9,10 @@ import pytest
 from rl_jax.train import curves
 
 # two replicas, ten steps: the last tenth is step 10
-GRPO = [[0.0, 0.0], [0.0, 0.2], [0.2, 0.2], [0.2, 0.4], [0.4, 0.4], [0.4, 0.6], [0.6, 0.6], [0.6, 0.6], [0.5, 0.7], [0.5, 0.7]]
-MINE = [[0.0, 0.1], [0.2, 0.3], [0.4, 0.5], [0.5, 0.6], [0.6, 0.6], [0.7, 0.7], [0.7, 0.8], [0.8, 0.8], [0.8, 0.8], [0.7, 0.8]]
+GRPO = [[0.0, 0.0], [0.0, 0.2], [0.2, 0.2], [0.2, 0.4], [0.4, 0.4],
+        [0.4, 0.6], [0.6, 0.6], [0.6, 0.6], [0.5, 0.7], [0.5, 0.7]]
+MINE = [[0.0, 0.1], [0.2, 0.3], [0.4, 0.5], [0.5, 0.6], [0.6, 0.6],
+        [0.7, 0.7], [0.7, 0.8], [0.8, 0.8], [0.8, 0.8], [0.7, 0.8]]
 IDLE = [[0.0, 0.0]] * 10
 
 
@@ -46,7 +48,8 @@ def test_the_median_of_step_times_is_not_moved_by_one_slow_step():
 @pytest.mark.parametrize("window", [1, 3, 10, 50])
 def test_the_running_mean_is_that_of_a_loop(window):
     values = np.array(MINE)
-    expected = [[statistics.fmean(values[max(0, k - window + 1):k + 1, r]) for r in range(2)] for k in range(len(values))]
+    expected = [[statistics.fmean(values[max(0, k - window + 1):k + 1, r]) for r in range(2)]
+                for k in range(len(values))]
     np.testing.assert_allclose(curves.running_mean(values, window), expected, atol=1e-12)
 
 

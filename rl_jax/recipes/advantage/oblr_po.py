@@ -10,7 +10,7 @@ from rl_jax.weighting import aggregate
 @recipe(paper="arXiv:2511.23310", confidence="reconstructed",
         title="OBLR-PO: A Theoretical Framework for Stable Reinforcement Learning",
         note="The paper's numbers are unknown: the proxy for an answer's gradient, `gain`, `ceiling` and `pieces` are "
-             "choices.")
+             "choices. In the sweep on addmod it ends at 0.72 of GRPO's score: its steps are 0.09 of the others' on average.")
 def oblr_po(group_size: int = 8, gain: float = 1.0, ceiling: float = 1.0, pieces: int = 2) -> Recipe:
     """-(R - sum W R / sum W) log p, W = sum of |d logp / d logits|^2, the step times SNR / (1 + SNR) of the gradient.
 
