@@ -17,6 +17,7 @@ from rl_jax.train import compare
 from tests.ends import tiny, tiny_comparison
 from tests.ends.conftest import cache_directory, compiled_once  # noqa: F401  (fixtures: one compilation cache)
 from tests.test_comparison import warm_start
+from tests.test_experiment import HOST
 
 LEARNS = reinforce(group_size=2, baseline=0.5)  # from its first step on, whatever the answers are worth
 RECIPES = {"reinforce": LEARNS, "again": replace(LEARNS, name="again"), "grpo": grpo(group_size=2, beta=0.0)}
@@ -117,3 +118,13 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
     with pytest.raises(ValueError, match=r"config\.recipes\.grpo\.args\.clip: there 0\.2, now 0\.3"):
         compare.claim(tmp_path, other)
 
+
+
+def test_a_host_verifier_scores_its_replicas_in_turn(tmp_path):
+    comparison = tiny_comparison.comparison({"reinforce": LEARNS}, **HOST, program="split", steps=2, steps_per_call=1)
+    said = io.StringIO()
+    curve = compare.run(comparison, tmp_path, console=rich.console.Console(file=said, width=200))["reinforce"]
+    assert curve.score.shape == (2, 2) and (curve.values["reward/failed"] == 0).all()
+    entropy = curve.values["rollout/entropy"]
+    assert entropy[0, 0] != entropy[0, 1], "replicas have weights and keys of their own"
+    assert "reinforce step 4/4" in said.getvalue()
