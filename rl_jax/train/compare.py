@@ -43,6 +43,9 @@ def run(comparison: Comparison, workdir: pathlib.Path | str | None = None, *,
     Args:
       workdir: where curves are kept, a JSONL file per recipe; `claim` it first. None keeps nothing.
       console: where progress is shown.
+
+    Raises:
+      KeyboardInterrupt: between two dispatches, after Ctrl-C or SIGTERM; finished recipes are kept.
     """
     with contextlib.ExitStack() as stack:
         # the workers come first: they are started from a process that has no threads of jax yet
@@ -51,6 +54,7 @@ def run(comparison: Comparison, workdir: pathlib.Path | str | None = None, *,
         paths = {name: _place(kept, name) / "curve.jsonl" for name in comparison.recipes}
         missing = [name for name in comparison.recipes if not paths[name].exists()]
         weights = first_weights(comparison, kept, console) if missing else None
+        interrupt = stack.enter_context(session.Interrupt())
         turns = 1 if comparison.side_by_side else comparison.scale.seeds
         each = comparison.scale.steps * turns
         bar = stack.enter_context(progress.Progress(each * len(paths), done=each * (len(paths) - len(missing)),
@@ -59,10 +63,14 @@ def run(comparison: Comparison, workdir: pathlib.Path | str | None = None, *,
             if name not in missing:
                 bar.note(f"{name} is finished, {paths[name]}")
         for place, name in enumerate(missing, len(paths) - len(missing)):
-            curve = learn(comparison, name, weights, workers=workers,
-                          tell=lambda step, numbers, place=place, name=name: bar.update(
-                              each * place + step, name, numbers))
-            of_replicas.write(paths[name], curve)
+            def tell(step: int, numbers: Mapping[str, Any], place: int = place, name: str = name) -> None:
+                bar.update(each * place + step, name, numbers)
+                if interrupt.asked and step < each:
+                    raise KeyboardInterrupt
+
+            of_replicas.write(paths[name], learn(comparison, name, weights, workers=workers, tell=tell))
+            if interrupt.asked:
+                raise KeyboardInterrupt
         return {name: of_replicas.read(path) for name, path in paths.items()}
 
 
@@ -72,17 +80,22 @@ def first_weights(comparison: Comparison, workdir: pathlib.Path,
 
     Args:
       workdir: where the run that makes them is kept and continued, if there is one.
+
+    Raises:
+      KeyboardInterrupt: that run was asked to stop, and did.
     """
     replicas = comparison.scale.seeds
     if comparison.start is not None:
-        policy = session.Session(comparison.start, workdir / "start", console=console).go().policy
-        return jax.tree.map(lambda a: np.broadcast_to(np.asarray(a), (replicas, *a.shape)), policy)
+        finished = session.Session(comparison.start, workdir / "start", console=console).go()
+        if finished.interrupted:
+            raise KeyboardInterrupt
+        return jax.tree.map(lambda a: np.broadcast_to(np.asarray(a), (replicas, *a.shape)), finished.policy)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(comparison.run.seed), 0), replicas)
     return jax.device_get(jax.jit(jax.vmap(Network(comparison.shape).initialise))(keys))
 
 
 def learn(comparison: Comparison, name: str, weights: Parameters, *, workers: Any = None,
-          tell: Tell | None = None) -> Curve:
+          tell: Tell = lambda step, numbers: None) -> Curve:
     """Trains all replicas of one recipe. Replica r has the same key and the same prompts whatever the recipe.
 
     Args:
@@ -100,14 +113,14 @@ def learn(comparison: Comparison, name: str, weights: Parameters, *, workers: An
         pieces = []
         for r, own in enumerate(jax.random.split(key, replicas)):
             state = one.initial_state(own, jax.tree.map(lambda a, r=r: a[r], weights))
-            pieces.append(_learn(one, state, comparison.run.seed, tell and (
-                lambda step, numbers, r=r: tell(steps * r + step, numbers))))
+            pieces.append(_learn(one, state, comparison.run.seed,
+                                 lambda step, numbers, r=r: tell(steps * r + step, numbers)))
     values = {at: np.concatenate([found[at] for found, _ in pieces], axis=1) for at in pieces[0][0]}
     return Curve(values=values, answers=_answers(one, values), updates=one.phase.recipe.schedule.updates,
                  step_s=np.mean([seconds for _, seconds in pieces], axis=0))
 
 
-def _learn(one: loop.PhaseLoop, state: TrainState, seed: int, tell: Tell | None):
+def _learn(one: loop.PhaseLoop, state: TrainState, seed: int, tell: Tell):
     """The metrics [K, R] of one program's replicas by name, and seconds per step [K]."""
     scale = one.phase.scale
     one.prepare(state, _shapes(loop.batches(one.stream(seed), scale.steps_per_call)))
@@ -119,8 +132,11 @@ def _learn(one: loop.PhaseLoop, state: TrainState, seed: int, tell: Tell | None)
         began = now
         found.append({name: np.reshape(np.asarray(value, np.float64), (scale.seeds, scale.steps_per_call)).T
                       for name, value in values.items()})
-        if tell is not None:
+        try:
             tell(tick.done, {name: float(value[-1].mean()) for name, value in found[-1].items()})
+        except KeyboardInterrupt:
+            jax.block_until_ready(tick.pending)  # a process that ends while its device works crashes
+            raise
     return {name: np.concatenate([values[name] for values in found]) for name in found[0]}, np.array(seconds)
 
 

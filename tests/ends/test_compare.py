@@ -1,5 +1,6 @@
 """scripts/compare.py as a process: runs, draws, keeps what is finished, and refuses."""
 import pathlib
+import signal
 
 import pytest
 
@@ -43,6 +44,19 @@ def test_what_was_finished_is_kept(compared):
     _, said = compared
     assert "reinforce is finished" in said[1] and "grpo step 8/8" in said[1]
     assert "reinforce step 4/4" in said[0] and "reinforce step" not in said[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_stopped_between_steps_it_keeps_what_is_finished(number, cache_directory, tmp_path):
+    process = tiny.Script("compare.py", f"--config={CONFIG}:{','.join(WHOLE)}", f"--workdir={tmp_path}",
+                          "--config.scale.steps=600", cache=cache_directory)
+    finished = tmp_path / "recipes" / WHOLE[0].rsplit(".", 1)[1] / "curve.jsonl"
+    process.until(finished.exists)
+    process.signal(number)
+    status, said = process.end()
+    assert status == 1 and "the same command goes on with the recipes that are not finished" in said, said
+    assert "Traceback" not in said and "Fatal" not in said, said
+    assert len(list(tmp_path.rglob("curve.jsonl"))) == 1 and not list(tmp_path.rglob("*.unfinished"))
 
 
 REFUSED = {
