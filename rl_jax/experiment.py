@@ -3,6 +3,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import math
 import pkgutil
 import re
 import types
@@ -333,6 +334,14 @@ def _check_phase(phase: Phase, run: Run, task: Task, where: str) -> None:
              f"{where}: scale.prompts_per_step={scale.prompts_per_step} cannot be cut into "
              f"{recipe.schedule.minibatches} minibatches x {scale.microbatches} microbatches without cutting a group: "
              f"make it a multiple of {pieces}.")
+    if recipe.schedule.step_scale is not None:
+        pieces = recipe.schedule.minibatches * math.lcm(scale.microbatches, recipe.schedule.step_scale.pieces)
+        _require(scale.prompts_per_step % pieces == 0,
+                 f"{where}: scale.prompts_per_step={scale.prompts_per_step} cannot be cut into the {pieces} pieces that the "
+                 f"gradient's noise is estimated from: make it a multiple of {pieces}.")
+    _require(scale.microbatches == 1 or not recipe.indivisible,
+             f"{where}: scale.microbatches={scale.microbatches}, and this recipe's loss compares all groups of a batch: "
+             "set it to 1.")
     _require(scale.program in PROGRAMS, f"{where}: scale.program={scale.program!r}: allowed are {PROGRAMS}.")
     pure = isinstance(task.verifier, PureVerifier)
     if scale.seeds > 1:

@@ -32,7 +32,7 @@ def config(task: str = "toys.addmod", recipe: str = "baselines.reinforce", *, ta
     The default recipe has a gradient in every step, whatever the answers are worth.
     """
     sizes = {"steps": 4, "prompts_per_step": 4}
-    arguments = {} if recipe in ("baselines.sft", "baselines.ppo") else {"group_size": 2}
+    arguments = {} if recipe in ("baselines.sft", "baselines.ppo", "rollout.t_ppo") else {"group_size": 2}
     if recipe == "baselines.reinforce":
         arguments["baseline"] = 0.5  # so that there is something to learn before the first right answer
 
