@@ -1,4 +1,4 @@
-"""The same loss and gradient whether a batch lies on 1, 2 or 8 devices."""
+"""The same loss and gradient whether a batch lies on 1, 2 or 8 devices. Slow: CI runs it by itself."""
 import json
 import subprocess
 import sys
@@ -12,6 +12,7 @@ NAMES = experiment.names("rl_jax.recipes")
 SHARE = 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(SHARE))
 def test_devices_change_nothing(part):
     names = NAMES[part::SHARE]
