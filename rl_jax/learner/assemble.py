@@ -109,7 +109,7 @@ def credited(recipe: Recipe, x: Experience) -> Experience:
     advantage = recipe.advantage(x)
     if advantage.ndim == 1:
         advantage = advantage[:, None]
-    advantage = jnp.broadcast_to(advantage, x.mask.shape).astype(jnp.float32)
+    advantage = jnp.broadcast_to(advantage, x.mask.shape).astype(x.rollout_logp.dtype)
     return dataclasses.replace(x, given={**x.given, "advantage": jax.lax.stop_gradient(advantage)})
 
 
