@@ -24,12 +24,12 @@ def balanced(reward: PerSequence, group: Group, seed: UInt32[Array, " N"]) -> Bo
     # Measured from the group's smallest reward: equal rewards are never below their mean, whatever its rounding.
     above = reward - jax.ops.segment_min(reward, group, num_segments=segments)[group]
     good = above >= total(above) / total(jnp.ones_like(reward))
-    lot = jax.vmap(lambda s: jax.random.bits(jax.random.key(s)))(seed)
+    lot = jax.vmap(lambda s: jax.random.bits(jax.random.key(s), dtype=jnp.uint32))(seed)
     return good | (_rank(lot, jnp.where(good, segments, group)) < total(good.astype(jnp.int32)))
 
 
 def _rank(lot: UInt32[Array, " N"], among: Int[Array, " N"]) -> Int[Array, " N"]:
     """How many of those with the same number in `among`, in [0, 2N], drew a smaller lot."""
     order = jnp.lexsort((lot, among))
-    place = jnp.zeros_like(among).at[order].set(jnp.arange(among.shape[0]))
+    place = jnp.zeros_like(among).at[order].set(jnp.arange(among.shape[0], dtype=among.dtype))
     return place - jax.ops.segment_min(place, among, num_segments=2 * among.shape[0] + 1)[among]

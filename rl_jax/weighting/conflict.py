@@ -109,7 +109,7 @@ def _in_conflict(tokens: Int[Array, "N T"], position: Int[Array, "N T"], advanta
     keys = [key.reshape(-1) for key in (jnp.broadcast_to(group[:, None], mask.shape), position, tokens)]
     *keys, place = jax.lax.sort([*keys, jnp.arange(mask.size)], num_keys=3)
     new = sum(key[1:] != key[:-1] for key in keys) > 0
-    kind = jnp.zeros(mask.size, jnp.int32).at[place[1:]].set(jnp.cumsum(new))
+    kind = jnp.zeros(mask.size, jnp.int32).at[place[1:]].set(jnp.cumsum(new, dtype=jnp.int32))
 
     def somewhere(sign):
         here = (mask & sign[:, None]).reshape(-1).astype(jnp.int32)
