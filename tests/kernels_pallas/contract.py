@@ -28,6 +28,30 @@ class Case(NamedTuple):
     row_inputs: tuple[bool, ...]
 
 
+DEVICES = {
+    "tpu": jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu"),
+    "cuda": jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"),
+}
+KERNEL_CALL = {"tpu": "tpu_custom_call", "cuda": "__gpu$xla.gpu.triton"}
+
+
+def check_lowering(platform: str, function: Callable, *shapes: Any) -> None:
+    """The function lowers for a device that is not there ("tpu" or "cuda"), and its program calls a kernel.
+
+    Args:
+      shapes: `jax.ShapeDtypeStruct`s, or pytrees of them.
+    """
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=DEVICES[platform])
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=(platform,))
+    assert KERNEL_CALL[platform] in lowered.as_text()
+
+
+def check_runs_kernel(function: Callable, *arguments: Any) -> None:
+    """The function's jaxpr holds a `pallas_call`."""
+    assert "pallas_call" in str(jax.make_jaxpr(function)(*arguments))
+
+
 def tolerance(case: Case) -> float:
     """Relative to the largest entry: 1e-5 in float32, two roundings of an 8-bit mantissa in bfloat16."""
     return 2.0**-7 if any(x.dtype == jnp.bfloat16 for x in case.floats) else 1e-5
