@@ -9,8 +9,8 @@ from kernels_pallas.linear_logprob.reference import Scalar
 Rows = Float32[Array, " M"]
 
 
-def linear_logprob(rows: tuple, vocabulary: Float[Array, "V D"], temperature: Scalar,
-                   soft_cap: int | float | None) -> tuple[Float[Array, "M D"], Float[Array, "V D"]]:
+def cotangents(rows: tuple, vocabulary: Float[Array, "V D"], temperature: Scalar,
+               soft_cap: int | float | None) -> tuple[Float[Array, "M D"], Float[Array, "V D"]]:
     """Cotangents of hidden and vocabulary, one block of logits in memory at a time.
 
     Args:

@@ -24,15 +24,9 @@ class Moments(NamedTuple):
     chosen: Rows
 
 
-def linear_logprob(hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"], targets: Int[Array, " M"],
-                   temperature: Scalar, support: UInt32[Array, "M W"] | None,
-                   soft_cap: int | float | None) -> tuple[Rows, Rows, Rows, Rows]:
-    """(logp, entropy, a, b) in nats, one block of logits in memory at a time.
-
-    a, the largest logit, and b, the log of sum exp(logit - a), make the log-normaliser a + b;
-    they stay apart because their sum would round away digits of b. A row that keeps no token has
-    b = 0, so that later arithmetic stays finite.
-    """
+def moments(hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"], targets: Int[Array, " M"],
+            temperature: Scalar, support: UInt32[Array, "M W"] | None, soft_cap: int | float | None) -> Moments:
+    """The sums over the whole vocabulary, one block of logits in memory at a time."""
     size = vocabulary.shape[0]
     row_blocks, tile = blocks.choose(hidden.shape[0], size)
 
@@ -41,9 +35,9 @@ def linear_logprob(hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"],
 
         def add(start, seen, width):
             u = tile_logits(hidden, vocabulary, temperature, support, soft_cap, start, width)
-            return _merged(seen, _moments(u, targets - start))
+            return merged(seen, _moments(u, targets - start))
 
-        return None, _results(blocks.over_tiles(add, _nothing_seen(hidden), size, tile))
+        return None, blocks.over_tiles(add, _nothing_seen(hidden), size, tile)
 
     return blocks.over_rows(one_block, None, (hidden, targets, support), row_blocks)[1]
 
@@ -75,7 +69,8 @@ def _moments(u: Float32[Array, "M v"], column: Int[Array, " M"]) -> Moments:
     return Moments(maximum, e.sum(axis=-1), (e * x).sum(axis=-1), jnp.where(inside, here, -jnp.inf))
 
 
-def _merged(a: Moments, b: Moments) -> Moments:
+def merged(a: Moments, b: Moments) -> Moments:
+    """The sums over what either has seen."""
     maximum = jnp.maximum(a.maximum, b.maximum)
     shift_a, shift_b = a.maximum - maximum, b.maximum - maximum
     shrink_a, shrink_b = jnp.exp(shift_a), jnp.exp(shift_b)
@@ -86,7 +81,13 @@ def _merged(a: Moments, b: Moments) -> Moments:
         chosen=jnp.maximum(a.chosen, b.chosen))
 
 
-def _results(seen: Moments) -> tuple[Rows, Rows, Rows, Rows]:
+def results(seen: Moments) -> tuple[Rows, Rows, Rows, Rows]:
+    """(logp, entropy, a, b) in nats, of sums over the whole vocabulary.
+
+    a, the largest logit, and b, the log of sum exp(logit - a), make the log-normaliser a + b;
+    they stay apart because their sum would round away digits of b. A row that keeps no token has
+    b = 0, so that later arithmetic stays finite.
+    """
     total = jnp.where(seen.total == 0, 1.0, seen.total)
     log_total = jnp.log(total)
     return (seen.chosen - seen.maximum) - log_total, log_total - seen.weighted / total, seen.maximum, log_total

@@ -1,5 +1,7 @@
 """From hidden states to the log-probability of a token and the entropy, without the logits."""
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +40,8 @@ def linear_logprob(hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"],
         implementation that does not exist.
     """
     _check(hidden, vocabulary, targets, temperature, soft_cap, support)
-    run = dispatch.implementation("linear_logprob", implementation, "xla",
-                                  {"reference": reference.linear_logprob, "xla": _blocked})
+    run = dispatch.implementation("linear_logprob", implementation, blocks.best(), {
+        "reference": reference.linear_logprob, **{name: functools.partial(_in_passes, name) for name in PASSES}})
     temperature = jnp.asarray(temperature, jnp.float32)
     return run(*_aligned(hidden, vocabulary, targets.astype(jnp.int32), temperature, support), soft_cap)
 
@@ -58,6 +60,16 @@ def _check(hidden, vocabulary, targets, temperature, soft_cap, support) -> None:
             raise ValueError(f"{name} must be positive, not {value}.")
 
 
+class Passes(NamedTuple):
+    """The two sweeps over the vocabulary: `forward.moments` and `backward.cotangents`, or others of their signatures."""
+
+    moments: Callable[..., forward.Moments]
+    cotangents: Callable[..., tuple]
+
+
+PASSES = {"xla": Passes(forward.moments, backward.cotangents)}
+
+
 def _aligned(*arrays):
     """The arrays, all varying over the mesh axes that any of them varies over.
 
@@ -73,25 +85,26 @@ def _aligned(*arrays):
     return jax.tree.map(align, arrays)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _blocked(hidden, vocabulary, targets, temperature, support, soft_cap):
-    return forward.linear_logprob(hidden, vocabulary, targets, temperature, support, soft_cap)[:2]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 6))
+def _in_passes(name, hidden, vocabulary, targets, temperature, support, soft_cap):
+    return _forward(name, hidden, vocabulary, targets, temperature, support, soft_cap)[0]
 
 
-def _blocked_forward(hidden, vocabulary, targets, temperature, support, soft_cap):
-    logp, entropy, *normaliser = forward.linear_logprob(hidden, vocabulary, targets, temperature, support, soft_cap)
+def _forward(name, hidden, vocabulary, targets, temperature, support, soft_cap):
+    seen = PASSES[name].moments(hidden, vocabulary, targets, temperature, support, soft_cap)
+    logp, entropy, *normaliser = forward.results(seen)
     return (logp, entropy), (hidden, vocabulary, targets, temperature, support, logp, entropy, *normaliser)
 
 
-def _blocked_backward(soft_cap, residuals, cotangents):
+def _backward(name, soft_cap, residuals, cotangents):
     # A residual that was a constant comes back as a NumPy array.
     residuals = jax.tree.map(jnp.asarray, residuals)
     hidden, vocabulary, targets, temperature, support, logp, *entropy_and_normaliser = residuals
     d_logp, d_entropy = cotangents
     d_logp = jnp.where(jnp.isneginf(logp), 0.0, d_logp)
     rows = hidden, targets, support, *entropy_and_normaliser, d_logp, d_entropy
-    d_hidden, d_vocabulary = backward.linear_logprob(rows, vocabulary, temperature, soft_cap)
+    d_hidden, d_vocabulary = PASSES[name].cotangents(rows, vocabulary, temperature, soft_cap)
     return d_hidden, d_vocabulary, None, jnp.zeros_like(temperature), None
 
 
-_blocked.defvjp(_blocked_forward, _blocked_backward)
+_in_passes.defvjp(_forward, _backward)
