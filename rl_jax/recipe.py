@@ -145,8 +145,8 @@ class Recipe:
       selection: x -> [N] bool, which answers are learned from; or [N] int, which answer is learned
         from in the place of each, among those to the same prompt.
       advantage: x -> [N] or [N, T], credit.
-      marks: x -> {name: [N, T]}, what else the loss must know of each token that depends on the whole
-        batch: constants, found before the batch is cut, read as `x.mark.<name>`.
+      marks: x -> {name: [N, T]}, what else the loss must know of each token that depends on other
+        tokens: constants, found before the batch is cut, read as `x.mark.<name>`.
       loss: (policy, x) -> terms, or (terms, extras) with extra [N, T] metrics by name. Terms are
         [N, T], or {name: [N, T]} where they are weighted differently.
       weighting: x -> [N, T], how much each of those numbers counts; {name: [N, T]} for named terms.

@@ -25,12 +25,13 @@ def ppo(clip: float = 0.2, value_clip: float = 0.5, value_coefficient: float = 1
 
     def loss(policy, x):
         clipped = gate.ppo_clip(ratio.per_token(policy.logp, x.rollout_logp), x.advantage, clip, clip)
-        error = value.clipped(policy.values, x.values, temporal.lambda_return(*path(x)), value_clip)
+        error = value.clipped(policy.values, x.values, x.mark.target, value_clip)
         return clipped + value_coefficient * error, {"loss/value": error}
 
     return Recipe(
         rollout=Rollout(group_size=1),
         advantage=lambda x: masked.whiten(temporal.gae(*path(x)), x.mask),
+        marks=lambda x: {"target": temporal.lambda_return(*path(x))},
         loss=loss,
         weighting=lambda x: aggregate.token_mean(x.mask),
         schedule=Schedule(epochs, minibatches),

@@ -25,12 +25,13 @@ def ppo_dual_clip(clip: float = 0.2, ceiling: float = 3.0, value_clip: float = 0
 
     def loss(policy, x):
         clipped = gate.dual_clip(ratio.per_token(policy.logp, x.rollout_logp), x.advantage, clip, clip, ceiling)
-        error = value.clipped(policy.values, x.values, temporal.lambda_return(*path(x)), value_clip)
+        error = value.clipped(policy.values, x.values, x.mark.target, value_clip)
         return clipped + value_coefficient * error, {"loss/value": error}
 
     return Recipe(
         rollout=Rollout(group_size=1),
         advantage=lambda x: masked.whiten(temporal.gae(*path(x)), x.mask),
+        marks=lambda x: {"target": temporal.lambda_return(*path(x))},
         loss=loss,
         weighting=lambda x: aggregate.token_mean(x.mask),
         schedule=Schedule(epochs, minibatches), models=("critic",))

@@ -27,13 +27,15 @@ def t_ppo(window: int = 2, clip: float = 0.2, value_clip: float = 0.5, value_coe
         reward = temporal.at_last_token(x.reward, whole(x))
         return masked.whiten(temporal.extended_gae(reward, x.values, x.mask, ~x.complete, discount, decay), x.fresh)
 
+    def marks(x):
+        return {"target": temporal.reward_to_go(temporal.at_last_token(x.reward, x.mask), x.mask, discount)}
+
     def loss(policy, x):
-        returns = temporal.reward_to_go(temporal.at_last_token(x.reward, x.mask), x.mask, discount)
         clipped = gate.ppo_clip(ratio.per_token(policy.logp, x.rollout_logp), x.advantage, clip, clip)
-        error = value.clipped(policy.values, x.values, returns, value_clip)
+        error = value.clipped(policy.values, x.values, x.mark.target, value_clip)
         return {"policy": clipped, "value": value_coefficient * error}
 
     return Recipe(
-        rollout=Rollout(group_size=1, window=window), advantage=advantage, loss=loss,
+        rollout=Rollout(group_size=1, window=window), advantage=advantage, marks=marks, loss=loss,
         weighting=lambda x: {"policy": aggregate.token_mean(x.fresh), "value": aggregate.token_mean(whole(x))},
         schedule=Schedule(epochs, minibatches), models=("critic",))

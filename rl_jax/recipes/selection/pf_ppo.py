@@ -36,10 +36,11 @@ def pf_ppo(group_size: int = 5, best: float = 1.0, worst: float = 1.0, rest: flo
 
     def loss(policy, x):
         clipped = gate.ppo_clip(ratio.per_token(policy.logp, x.rollout_logp), x.advantage, clip, clip)
-        error = value.clipped(policy.values, x.values, temporal.lambda_return(*path(x)), value_clip)
+        error = value.clipped(policy.values, x.values, x.mark.target, value_clip)
         return clipped + value_coefficient * error, {"loss/value": error}
 
     return Recipe(
         rollout=Rollout(group_size), selection=selection,
-        advantage=lambda x: masked.whiten(temporal.gae(*path(x)), x.mask), loss=loss,
+        advantage=lambda x: masked.whiten(temporal.gae(*path(x)), x.mask),
+        marks=lambda x: {"target": temporal.lambda_return(*path(x))}, loss=loss,
         weighting=lambda x: aggregate.token_mean(x.mask), schedule=Schedule(epochs, minibatches), models=("critic",))
