@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from kernels_pallas.discounted_scan.op import discounted_scan
 from rl_jax import masked
 from rl_jax.types import Mask, PerSequence, Scalar, Tokens
 
@@ -64,16 +65,10 @@ def _backward(reward: Tokens, values: Tokens, mask: Mask, after: PerSequence, di
               decay: Scalar) -> Tokens:
     """The recursion of `gae` from the last chosen token on, with V after it given and A after it 0."""
     reward, values, after = jax.lax.stop_gradient((masked.zeroed(reward, mask), masked.zeroed(values, mask), after))
-
-    def earlier(later, token):
-        next_value, next_advantage = later
-        reward, value, chosen = token
-        advantage = reward + discount * next_value - value + discount * decay * next_advantage
-        now = jnp.where(chosen, value, next_value), jnp.where(chosen, advantage, next_advantage)
-        return now, jnp.where(chosen, advantage, 0.0)
-
-    start = (after, jnp.zeros_like(after))
-    return jax.lax.scan(earlier, start, (reward.T, values.T, mask.T), reverse=True)[1].T
+    value_from_here = discounted_scan(values, 0.0, last=after, mask=mask)
+    next_value = jnp.concatenate([value_from_here[:, 1:], after[:, None]], axis=1)
+    surprise = reward + discount * next_value - values
+    return masked.zeroed(discounted_scan(surprise, discount * decay, mask=mask), mask)
 
 
 def reward_to_go(reward_per_token: Tokens, mask: Mask, discount: Scalar) -> Tokens:
