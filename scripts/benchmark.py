@@ -3,6 +3,10 @@
 python scripts/benchmark.py replicas   seeds=16 with steps_per_call=50 against 16 runs of single steps
 python scripts/benchmark.py programs   two programs with the host scoring in between, against one with a callback
 python scripts/benchmark.py recipes    a step of every recipe against a step of baselines.grpo, as many answers in each
+python scripts/benchmark.py kernels    time and memory of every op of kernels_pallas; --write puts it into BENCHMARKS.md
+python scripts/benchmark.py prefix     a step on one copy of each prompt, against a copy per completion; --write, too
+
+--only=<part of a row's name> measures just those rows: recipes --only=dr_grpo, kernels --only=policy_gate.
 """
 # workers of a host verifier import this file: heavy imports stay inside the functions
 import dataclasses
@@ -16,6 +20,8 @@ from absl import app, flags, logging
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements per row; the median is printed.", lower_bound=1)
+_ONLY = flags.DEFINE_string("only", "", "Measure the rows whose names hold this.")
+_WRITE = flags.DEFINE_bool("write", False, "Replace the table in BENCHMARKS.md (kernels and prefix).")
 _CHECK = flags.DEFINE_bool("check", False, "Exit with 1 if a row misses its target.")
 
 
@@ -37,27 +43,45 @@ class Row:
 
 def main(arguments: list[str]) -> None:
     """Prints the rows of one benchmark."""
-    import jax
-    import rich.console
-    import rich.table
+    import benchmark_table
+
+    from kernels_pallas import dispatch
 
     logging.set_verbosity(logging.WARNING)
-    benchmarks = {"replicas": replicas, "programs": programs, "recipes": recipes}
-    if len(arguments) != 2 or arguments[1] not in benchmarks:
-        sys.exit(f"usage: benchmark.py {{{','.join(benchmarks)}}}")
-    device = jax.devices()[0]
-    table = rich.table.Table(
-        title=f"{arguments[1]}: {device.device_kind}, jax {jax.__version__}, {time.strftime('%Y-%m-%d')}",
-        title_justify="left")
-    for column in ("workload", "ours, ms", "other, ms", "ratio", "target", "remark"):
-        table.add_column(column, justify="left" if column in ("workload", "remark") else "right")
-    rows = benchmarks[arguments[1]]()
-    for row in rows:
-        table.add_row(row.name, f"{row.ours_s * 1e3:.3f}", f"{row.other_s * 1e3:.3f}", f"{row.ratio:.2f}x",
-                      "" if row.target is None else f"{row.target:g}x", row.remark)
-    rich.console.Console(width=120).print(table)
-    if _CHECK.value and any(row.target is not None and row.ratio < row.target for row in rows):
-        sys.exit(1)
+    compared, tabulated = {"replicas": replicas, "programs": programs, "recipes": recipes}, {
+        "kernels": kernels, "prefix": prefix}
+    if len(arguments) != 2 or arguments[1] not in compared | tabulated:
+        names = ",".join(compared | tabulated)
+        sys.exit(f"usage: benchmark.py {{{names}}} [--only=] [--repeats=] [--check] [--write]")
+    name = arguments[1]
+    if _WRITE.value and (_ONLY.value or name not in tabulated):
+        sys.exit(f"--write is for all rows of {' or '.join(tabulated)}: without --only.")
+    tables = tabulated[name]() if name in tabulated else [_as_table(name, compared[name]())]
+    if not any(table.rows for table in tables):
+        sys.exit(f"no row of {name} has {_ONLY.value!r} in its name.")
+    for table in tables:
+        benchmark_table.show(table)
+    if _WRITE.value:
+        benchmark_table.write(f"{name} {dispatch.platform()}", tables)
+    missed = [one for table in tables for one in table.missed]
+    if _CHECK.value and missed:
+        sys.exit("\n".join(["missed:", *missed]))
+
+
+def _as_table(name, rows):
+    """Comparisons as a table of text."""
+    import benchmark_table
+
+    cells = tuple((row.name, f"{row.ours_s * 1e3:.3f}", f"{row.other_s * 1e3:.3f}", f"{row.ratio:.2f}x",
+                   "" if row.target is None else f"{row.target:g}x", row.remark) for row in rows)
+    return benchmark_table.Table(
+        f"{name}: {benchmark_table.circumstances()}",
+        ("workload", "ours, ms", "other, ms", "ratio", "target", "remark"), cells,
+        missed=tuple(row.name for row in rows if row.target is not None and row.ratio < row.target))
+
+
+def _wanted(name):
+    return _ONLY.value in name
 
 
 def alternating(*sides: Callable[[], None]) -> list[float]:
@@ -87,11 +111,14 @@ def replicas() -> Sequence[Row]:
     for task, prompts, recipe, target in (
             (bandit.bandit((0.0, 0.5, 1.0, 0.2)), 1, reinforce.reinforce(8), 12 if version < (0, 11) else 30),
             (addmod.addmod(10), 8, reinforce.reinforce(8), None)):
+        name = f"{task.name}, {prompts * 8} rows: 16 seeds x 50 steps"
+        if not _wanted(name):
+            continue
         network = Network(Shape(vocabulary=task.tokenizer.size, width=8, layers=1, heads=1, key_heads=1, head_size=8,
                                 inner=16))
         ours, other = _replica_sides(task, network, recipe, prompts, seeds=16, steps=50)
         a, b = alternating(ours, other)
-        rows.append(Row(f"{task.name}, {prompts * 8} rows: 16 seeds x 50 steps", a / 800, b / 800, target))
+        rows.append(Row(name, a / 800, b / 800, target))
     return rows
 
 
@@ -129,6 +156,9 @@ def programs() -> Sequence[Row]:
     from rl_jax.models.network import Network
     from rl_jax.train import loop, session
 
+    name = "chain_sum, 128 x 8 answers, host verifier: split"
+    if not _wanted(name):
+        return []
     parsed = experiment.parse(quickstart.get_config())
     phase, network = parsed.phases[-1], Network(parsed.shape)
     with session.host_workers(parsed.task, parsed.run.workers) as workers:
@@ -144,7 +174,7 @@ def programs() -> Sequence[Row]:
 
         split, one = ticks("split"), ticks("one")
         ours, other = alternating(lambda: run(split), lambda: run(one))
-    return [Row("chain_sum, 128 x 8 answers, host verifier: split", ours / 10, other / 10)]
+    return [Row(name, ours / 10, other / 10)]
 
 
 def recipes() -> Sequence[Row]:
@@ -156,11 +186,12 @@ def recipes() -> Sequence[Row]:
     from rl_jax.models.transformer import Shape
     from rl_jax.tasks.toys import chain
 
+    names = [name for name in experiment.names("rl_jax.recipes") if _wanted(name)]
     task = chain.chain(8)
     network = Network(Shape(vocabulary=task.tokenizer.size, width=128, layers=2, heads=4, key_heads=2, head_size=32,
                             inner=256))
-    grpo, rows = _stepper(task, network, "baselines.grpo")[1], []
-    for name in rich.progress.track(experiment.names("rl_jax.recipes"), "recipes"):
+    grpo, rows = _stepper(task, network, "baselines.grpo")[1] if names else None, []
+    for name in rich.progress.track(names, "recipes"):
         recipe, one = _stepper(task, network, name)
         ours, other = alternating(grpo, one)
         rows.append(Row(name, ours / 4, other / 4, remark=_unlike_grpo(recipe)))
@@ -205,6 +236,24 @@ def _unlike_grpo(recipe):
     found += [f"windows of {recipe.rollout.window} tokens"] if recipe.rollout.window else []
     found += ["no shared prompts"] if recipe.group_size == 1 else []
     return ", ".join(found)
+
+
+def kernels():
+    """Time and memory of every op (`benchmark_kernels`)."""
+    import benchmark_kernels
+
+    from kernels_pallas import dispatch
+
+    return benchmark_kernels.tables(benchmark_kernels.SIZES[dispatch.platform()], alternating, _wanted)
+
+
+def prefix():
+    """A step on one copy of each prompt against a copy per completion (`benchmark_prefix`)."""
+    import benchmark_prefix
+
+    from kernels_pallas import dispatch
+
+    return benchmark_prefix.tables(benchmark_prefix.SIZES[dispatch.platform()], alternating, _wanted)
 
 
 if __name__ == "__main__":
