@@ -35,7 +35,7 @@ def moments(hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"], target
 
         def add(start, seen, width):
             u = tile_logits(hidden, vocabulary, temperature, support, soft_cap, start, width)
-            return merged(seen, _moments(u, targets - start))
+            return merged(seen, tile_moments(u, targets - start))
 
         return None, blocks.over_tiles(add, _nothing_seen(hidden), size, tile)
 
@@ -60,7 +60,13 @@ def _nothing_seen(hidden: Float[Array, "M D"]) -> Moments:
     return Moments(full(reference.EXCLUDED / 2), full(0), full(0), full(-jnp.inf))
 
 
-def _moments(u: Float32[Array, "M v"], column: Int[Array, " M"]) -> Moments:
+def tile_moments(u: Float32[Array, "M v"], column: Int[Array, " M"]) -> Moments:
+    """The sums over one tile of logits.
+
+    Args:
+      u: logits, in nats.
+      column: of the target; outside the tile where it is not there.
+    """
     maximum = jnp.maximum(u.max(axis=-1), reference.EXCLUDED / 2)
     x = u - maximum[:, None]
     e = jnp.exp(x)

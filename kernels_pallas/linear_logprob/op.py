@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, UInt32
 
 from kernels_pallas import dispatch
-from kernels_pallas.linear_logprob import backward, blocks, forward, reference, support as support_bits
+from kernels_pallas.linear_logprob import backward, blocks, forward, pallas_backward, pallas_forward, reference
+from kernels_pallas.linear_logprob import support as support_bits
 from kernels_pallas.linear_logprob.reference import Scalar
 
 
@@ -29,18 +30,20 @@ def linear_logprob(hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"],
       temperature: positive, dimensionless; carries no gradient.
       soft_cap: bound on the logits before the temperature, positive, in nats; None: no bound.
       support: tokens that truncated sampling kept (`support.pack_support`); p is 0 elsewhere.
-      implementation: "reference" (all logits in memory), "xla" (one block at a time), or None
-        for the best measured on this device.
+      implementation: "reference" (all logits in memory), "xla" (one block at a time), "pallas" (kernels
+        for GPU and TPU, whose logits stay on the chip; interpreted, so slow, on a CPU), or None for
+        the best on this device.
 
     Returns:
       Log-probability of the target and entropy of the distribution, in nats.
 
     Raises:
       ValueError: shapes that do not fit, a temperature or cap that is not positive, an
-        implementation that does not exist.
+        implementation that does not exist, "pallas" where no block of the kernel fits.
     """
     _check(hidden, vocabulary, targets, temperature, soft_cap, support)
-    run = dispatch.implementation("linear_logprob", implementation, blocks.best(), {
+    best = blocks.best(*vocabulary.shape, jnp.dtype(reference.operand_dtype(hidden, vocabulary)).itemsize)
+    run = dispatch.implementation("linear_logprob", implementation, best, {
         "reference": reference.linear_logprob, **{name: functools.partial(_in_passes, name) for name in PASSES}})
     temperature = jnp.asarray(temperature, jnp.float32)
     return run(*_aligned(hidden, vocabulary, targets.astype(jnp.int32), temperature, support), soft_cap)
@@ -61,13 +64,14 @@ def _check(hidden, vocabulary, targets, temperature, soft_cap, support) -> None:
 
 
 class Passes(NamedTuple):
-    """The two sweeps over the vocabulary: `forward.moments` and `backward.cotangents`, or others of their signatures."""
+    """The sweeps over the vocabulary: `forward.moments` and `backward.cotangents`, or others of their signatures."""
 
     moments: Callable[..., forward.Moments]
     cotangents: Callable[..., tuple]
 
 
-PASSES = {"xla": Passes(forward.moments, backward.cotangents)}
+PASSES = {"xla": Passes(forward.moments, backward.cotangents),
+          "pallas": Passes(pallas_forward.moments, pallas_backward.cotangents)}
 
 
 def _aligned(*arrays):

@@ -91,6 +91,14 @@ def test_moments_and_views_are_constants_of_the_policy_before_the_batch(microbat
     assert not np.asarray(found[3])[~mask].any()
 
 
+def test_moments_take_one_pass_over_the_vocabulary():
+    """One matrix product more than the hidden states take."""
+    x = experience()
+    products = lambda call: str(jax.make_jaxpr(call)(POLICY)).count("dot_general[")
+    hidden = products(lambda policy: NETWORK.hidden(policy, x.prompts.tokens, x.prompts.lengths, x.tokens))
+    assert products(lambda policy: evaluate.make_moments(NETWORK, 0.7)({"policy": policy}, x)) == hidden + 1
+
+
 def test_moments_that_nobody_asked_for_are_not_there():
     with pytest.raises(ValueError, match='x.second_moment is not there: .*models=."moments",'):
         _ = experience().second_moment
