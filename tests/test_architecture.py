@@ -185,7 +185,8 @@ def test_sizes_stay_under_their_ceilings(source):
         assert body <= (100 if kernel else 60), f"{where} has a body of {body} lines"
         positional = [a.arg for a in (*node.args.posonlyargs, *node.args.args) if a.arg not in ("self", "cls")]
         recipe = source.path.startswith("rl_jax/recipes/")  # a factory's hyperparameters are the paper's
-        assert recipe or len(positional) <= 7, f"{where} has {len(positional)} positional parameters"
+        references = kernel and node.name.endswith("_body")  # Pallas gives a kernel's body a reference per array
+        assert recipe or references or len(positional) <= 7, f"{where} has {len(positional)} positional parameters"
 
 
 @pytest.mark.parametrize("source", modules(), ids=by_path)

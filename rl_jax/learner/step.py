@@ -93,7 +93,8 @@ def make_pieces(recipe: Recipe, task: tasks.Task, network: Network, optimiser: o
     ask = asking.make_ask(recipe, network, verdict, completion_length=task.completion_length,
                           end_id=task.tokenizer.end_id, pad_id=task.tokenizer.pad_id, axis=axis)
     policy_of = evaluate.make_evaluate(network, temperature)
-    passes = update.make_passes(recipe, policy_of, optimiser, microbatches)
+    passes = update.make_passes(recipe, policy_of, optimiser, microbatches,
+                                evaluate.make_objective(recipe, network, temperature))
     replay = 0 if recipe.rollout is None else recipe.rollout.replay
 
     def learn(state: TrainState, prompts: Prompts, samples: Samples, verdict: Verdict):

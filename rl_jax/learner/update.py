@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from rl_jax.learner import assemble, diagnostics
+from rl_jax.learner import assemble, diagnostics, gate
 from rl_jax.recipe import Recipe, Turns
 from rl_jax.types import Evaluated, Experience, Parameters
 
 Metrics = dict[str, Float[Array, ""]]
 Evaluate = Callable[[Parameters, Experience], Evaluated]
+Objective = Callable[[Parameters, Experience, Any, Float[Array, "N T"]], tuple[Float[Array, ""], Metrics]]
 
 
 def batch_loss(recipe: Recipe, policy: Evaluated, x: Experience) -> tuple[Float[Array, ""], dict[str, Any]]:
@@ -47,24 +48,8 @@ def weighted_loss(recipe: Recipe, policy: Evaluated, x: Experience, weight: Any,
     Raises:
       ValueError: if terms and weights have different names.
     """
-    policy = assemble.hide_policy(policy, x.mask)
-    out = recipe.loss(policy, x)
-    terms, extras = out if isinstance(out, tuple) else (out, {})
-    extras = {name: (jnp.where(x.mask, value, 0.0) * share).sum() for name, value in extras.items()}
-
-    def total(loss, weight):
-        return (jnp.where(x.mask, loss, 0.0) * jax.lax.stop_gradient(weight)).sum()
-
-    if not isinstance(terms, dict) and not isinstance(weight, dict):
-        return total(terms, weight), jax.lax.stop_gradient(extras)
-    named = sorted(terms) if isinstance(terms, dict) else None
-    weights = sorted(weight) if isinstance(weight, dict) else None
-    if named != weights:
-        raise ValueError(f"recipe {recipe.name!r}: the loss slot has the terms {named or 'of no name'} and the weighting "
-                         f"slot weights for {weights or 'no name'}: both must name the same.")
-    totals = {name: total(terms[name], weight[name]) for name in named}
-    extras = {**{f"loss/{name}": value for name, value in totals.items()}, **extras}
-    return sum(totals.values()), jax.lax.stop_gradient(extras)
+    found = gate.gated(recipe, policy, x, weight, share)
+    return found.loss, {**{f"loss/{name}": value for name, value in found.terms.items()}, **found.extras}
 
 
 def in_parts(evaluate: Callable[[Parameters, Experience], Any], parameters: Parameters, x: Experience,
@@ -77,26 +62,37 @@ def in_parts(evaluate: Callable[[Parameters, Experience], Any], parameters: Para
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), parts)
 
 
-def make_gradient(recipe: Recipe, evaluate: Evaluate, microbatches: int = 1) -> Callable[..., Any]:
+def make_objective(recipe: Recipe, evaluate: Evaluate) -> Objective:
+    """Returns objective(parameters, x, weight, share) -> (loss, metrics) of a batch or a part of it.
+
+    `weight` and `share` are as in `weighted_loss`.
+    """
+    def objective(parameters: Parameters, x: Experience, weight: Any, share: Float[Array, "N T"]):
+        return gate.with_metrics(gate.gated(recipe, evaluate(parameters, x), x, weight, share))
+
+    return objective
+
+
+def make_gradient(recipe: Recipe, evaluate: Evaluate, microbatches: int = 1,
+                  objective: Objective | None = None) -> Callable[..., Any]:
     """Returns gradient(parameters, x) -> (gradient, metrics), accumulated over micro-batches.
 
     `microbatches` trades memory for time and changes nothing else: weights are fixed before the
     batch is cut, and a group is never cut. Where the recipe scales its step by the gradient's noise,
     the metric `gradient/variance` estimates the variance of the gradient from the pieces'.
 
+    Args:
+      objective: instead of `make_objective(recipe, evaluate)`, the same loss found another way.
+
     Raises:
       ValueError: if the recipe's loss compares all groups of the batch and it should be cut.
     """
+    objective = objective or make_objective(recipe, evaluate)
     scaling = recipe.schedule.step_scale
     pieces = microbatches if scaling is None else math.lcm(microbatches, scaling.pieces)
     if pieces > 1 and recipe.indivisible:
         raise ValueError(f"recipe {recipe.name!r} compares all groups of a batch in its loss, so the batch cannot be cut "
                          f"into {pieces} pieces: set scale.microbatches=1.")
-
-    def objective(parameters, x, weight, share):
-        policy = evaluate(parameters, x)
-        loss, extras = weighted_loss(recipe, policy, x, weight, share)
-        return loss, {"loss/total": loss, **extras, **diagnostics.of_policy(recipe, policy, x, share)}
 
     def one(parameters, part, coefficients):
         x, weight, share = part
@@ -143,13 +139,13 @@ def cut(tree: Any, parts: int) -> Any:
 
 
 def make_update(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTransformation,
-                microbatches: int = 1) -> Callable[..., Any]:
+                microbatches: int = 1, objective: Objective | None = None) -> Callable[..., Any]:
     """Returns update(parameters, optimiser_state, x) -> (parameters, optimiser_state, metrics): one optimiser step.
 
     x has been through `assemble.with_advantage`. A gradient that is not finite changes nothing
     and is counted in `gradient/skipped`.
     """
-    gradient_of = make_gradient(recipe, evaluate, microbatches)
+    gradient_of = make_gradient(recipe, evaluate, microbatches, objective)
 
     def update(parameters: Parameters, state: Any, x: Experience) -> tuple[Parameters, Any, Metrics]:
         gradient, metrics = gradient_of(parameters, x)
@@ -172,14 +168,14 @@ def make_update(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTra
 
 
 def make_passes(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTransformation,
-                microbatches: int = 1) -> Callable[..., Any]:
+                microbatches: int = 1, objective: Objective | None = None) -> Callable[..., Any]:
     """Returns passes(parameters, optimiser_state, x, key): all epochs, minibatches and turns over one batch.
 
     The prompts are dealt to minibatches anew for each epoch (the key is consumed); groups stay whole. Weights
     are those of the minibatch, the batch of one optimiser step.
     """
     epochs, minibatches = recipe.schedule.epochs, recipe.schedule.minibatches
-    update = make_update(recipe, evaluate, optimiser, microbatches)
+    update = make_update(recipe, evaluate, optimiser, microbatches, objective)
     if recipe.schedule.turns is not None:
         said = functools.partial(in_parts, evaluate, microbatches=microbatches)
         update = make_turns(recipe.schedule.turns, update, said)
