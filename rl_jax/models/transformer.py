@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from kernels_pallas.decode_attention.reference import Cache
 from rl_jax.models import attention, norm, rotary
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -142,18 +143,18 @@ class Transformer(nnx.Module):
     def hidden(self, prompts: Int[Array, "P S"], lengths: Int[Array, " P"],
                completions: Int[Array, "N T"]) -> Float[Array, "N T D"]:
         """Hidden states that the completion tokens are drawn from, given one copy of each prompt."""
-        p, s = prompts.shape
+        p = prompts.shape[0]
         n, t = completions.shape
         inputs = jnp.concatenate([jnp.repeat(last_token(prompts, lengths), n // p)[:, None], completions[:, :-1]], 1)
         position = (jnp.repeat(lengths, n // p)[:, None] - 1 + jnp.arange(t)[None, :]).reshape(-1)
-        seen = prefix_mask(lengths, s)
 
         def layer(block, index, carry):
             x, y = carry
             x, key, value = _prompt_layer(block, x, p)
             q, k, v = block.heads(y, position)
             q, k, v = (a.reshape(n, t, *a.shape[1:]) for a in (q, k, v))
-            attended = attention.shared_prefix(q, k, v, key, value, seen)
+            # The last token of a prompt is fed to its completions, which see it among their own.
+            attended = attention.shared_prefix(q, k, v, key, value, lengths - 1)
             return x, block.finish(y, attended.reshape(n * t, -1))
 
         carry = (self._embed(prompts.reshape(-1)), self._embed(inputs.reshape(-1)))
@@ -161,21 +162,21 @@ class Transformer(nnx.Module):
         return self.final(y).reshape(n, t, -1)
 
     def prefill(self, prompts: Int[Array, "P S"]) -> tuple[Any, Any]:
-        """Keys and values of the prompts: a tuple per layer, or stacked over layers when they are scanned."""
+        """Keys and values of the prompts, [P, K, S, E]: a tuple per layer, or stacked over layers that are scanned."""
         p, s = prompts.shape
 
         def layer(block, index, carry):
             x, cache = carry
             x, key, value = _prompt_layer(block, x, p)
-            return x, _write(cache, index, (key, value))
+            return x, _write(cache, index, (jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)))
 
         _, cache = self._through_layers(layer, (self._embed(prompts.reshape(-1)), self.empty_cache(p, s)))
         return cache
 
     def empty_cache(self, rows: int, length: int) -> tuple[Any, Any]:
-        """Room for the keys and values of `length` tokens in each of `rows` sequences."""
+        """Room for the keys and values of `length` tokens in each of `rows` sequences, [rows, K, length, E]."""
         shape = self.shape
-        one = jnp.zeros((rows, length, shape.key_heads, shape.head_size), DTYPES[shape.compute])
+        one = jnp.zeros((rows, shape.key_heads, length, shape.head_size), DTYPES[shape.compute])
         if shape.scan_layers:
             many = jnp.broadcast_to(one, (shape.layers, *one.shape))
             return many, many
@@ -192,15 +193,15 @@ class Transformer(nnx.Module):
           lengths: of the prompts, in tokens.
           now: the completion position, from 0.
         """
-        seen = prefix_mask(lengths, jax.tree.leaves(prompt_cache)[0].shape[-3])
 
         def layer(block, index, carry):
             x, cache = carry
             q, k, v = block.heads(x, lengths - 1 + now)
             keys, values = _read(cache, index)
-            keys = jax.lax.dynamic_update_slice_in_dim(keys, k[:, None], now, 1)
-            values = jax.lax.dynamic_update_slice_in_dim(values, v[:, None], now, 1)
-            attended = attention.one_query(q, keys, values, *_read(prompt_cache, index), seen, now)
+            keys = jax.lax.dynamic_update_slice_in_dim(keys, k[:, :, None], now, 2)
+            values = jax.lax.dynamic_update_slice_in_dim(values, v[:, :, None], now, 2)
+            own = Cache(keys, values, jnp.full_like(lengths, now + 1))
+            attended = attention.one_query(q, own, Cache(*_read(prompt_cache, index), lengths - 1))
             return block.finish(x, attended.reshape(x.shape[0], -1)), _write(cache, index, (keys, values))
 
         x, cache = self._through_layers(layer, (self._embed(token), cache))
@@ -229,11 +230,6 @@ class Transformer(nnx.Module):
 def last_token(prompts: Int[Array, "P S"], lengths: Int[Array, " P"]) -> Int[Array, " P"]:
     """The last token of each right-padded prompt: the first that its completions are fed."""
     return jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
-
-
-def prefix_mask(lengths: Int[Array, " P"], positions: int) -> Bool[Array, "P S"]:
-    """Prompt positions that a completion sees: all but padding and the last token, which it is fed itself."""
-    return jnp.arange(positions)[None, :] < lengths[:, None] - 1
 
 
 def _prompt_layer(block: Block, x: Float[Array, "M D"], prompts: int) -> tuple[Array, Array, Array]:

@@ -1,0 +1,70 @@
+"""One new token of every sample of a group attends to the prompt's cache, which they share, and to its own."""
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kernels_pallas import dispatch
+from kernels_pallas.decode_attention import backward, blocks, forward, kernel, reference
+from kernels_pallas.decode_attention.reference import Cache
+
+SUMS = {"xla": forward.tiled, "pallas": kernel.sums}
+
+
+def decode_attention(query: Float[Array, "*G P H E"], own: Cache, prompt: Cache, *,
+                     implementation: str | None = None) -> Float[Array, "*G P H E"]:
+    """softmax(q k / sqrt E) v over the seen positions of the prompt's cache [P, K, S, E] and the own [*G, P, K, T, E].
+
+    The prompt's cache is read once for the whole group: G is an axis in front, or a `vmap` over samples with the
+    prompt's cache at `in_axes=None`, whatever else is mapped around it. Query head h reads key head h // (H / K). A
+    query that sees nothing gets 0. For sampling: the gradient is right, but recomputes everything.
+
+    Args:
+      query: of the newest token, one per sequence, float32 or bfloat16; products are summed in float32.
+      own: the samples' caches; `lengths` [*G, P] count the newest token, which has been written.
+      prompt: the prompts' caches, with lengths [P].
+      implementation: "reference" (one softmax), "xla" (tiles of positions, as far as they are filled), "pallas", or
+        None for the best on this device.
+
+    Raises:
+      ValueError: shapes that do not fit, an implementation that does not exist or cannot run here.
+    """
+    _check(query, own, prompt)
+    head_size = query.shape[-1]
+    run = dispatch.implementation("decode_attention", implementation, blocks.best(head_size), {
+        "reference": reference.decode_attention, **{name: functools.partial(_in_parts, name) for name in SUMS}})
+    refused = blocks.refused(head_size)
+    if implementation == "pallas" and refused:
+        raise ValueError(f"decode_attention cannot run its kernel: {refused}. Ask for 'xla'.")
+    return run(query, own, prompt)
+
+
+def _check(query: Array, own: Cache, prompt: Cache) -> None:
+    *batch, h, e = query.shape
+    k = prompt.key.shape[1] if prompt.key.ndim == 4 else 0
+    for name, cache, batch in ("own", own, tuple(batch)), ("prompt", prompt, tuple(batch[-1:])):
+        positions = cache.key.shape[-2] if cache.key.ndim > 2 else 0
+        expected = (*batch, k, positions, e)
+        if cache.key.shape != expected or cache.value.shape != expected or cache.lengths.shape != batch:
+            raise ValueError(f"query [*G, P, H, E] = {query.shape}: the {name} cache must have key and value {expected} "
+                             f"and lengths {batch}, not {cache.key.shape}, {cache.value.shape}, {cache.lengths.shape}.")
+    if h % k:
+        raise ValueError(f"{h} query heads, {k} key heads: the second must divide the first.")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_parts(name, query, own, prompt):
+    return forward.decode_attention(SUMS[name], query, own, prompt)
+
+
+def _forward(name, query, own, prompt):
+    return _in_parts(name, query, own, prompt), (query, own, prompt)
+
+
+def _backward(name, residuals, cotangent):
+    # A residual that was a constant comes back as a NumPy array.
+    return backward.cotangents(*jax.tree.map(jnp.asarray, residuals), cotangent)
+
+
+_in_parts.defvjp(_forward, _backward)

@@ -1,0 +1,370 @@
+import functools
+import math
+
+import contract
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.decode_attention import blocks, forward, kernel, reference
+from kernels_pallas.decode_attention.blocks import Blocks
+from kernels_pallas.decode_attention.op import decode_attention
+from kernels_pallas.decode_attention.reference import Cache
+
+WALK = Blocks(heads=2, rows=16, tile=8, splits=1, walk=True)
+CUTS = {"split": Blocks(heads=1, rows=16, tile=16, splits=2, walk=False), "walk": WALK}
+WAYS = ["xla", *CUTS]
+
+
+@pytest.fixture(params=WAYS)
+def implementation(request, monkeypatch):
+    """Every way to cut the work, with tiles so small that little caches have many."""
+    monkeypatch.setattr(blocks, "TILE_ON_CPU", 8)
+    if request.param in CUTS:
+        monkeypatch.setattr(blocks, "choose", lambda *shape: CUTS[request.param])
+        return "pallas"
+    return request.param
+
+
+def _arrays(g=3, p=2, r=2, k=2, e=4, s=37, t=21, dtype=jnp.float32):
+    """Queries, own caches and prompts' caches, with garbage behind the lengths; one prompt shows nothing."""
+    random = np.random.default_rng(0)
+    normal = lambda *shape: random.normal(size=shape).astype(np.float32)
+    lengths, prompt_lengths = random.integers(1, t + 1, (g, p)), random.integers(1, s + 1, p)
+    prompt_lengths[0], lengths[0, 0], lengths[-1, -1] = 0, 1, t
+
+    def cache(lengths, positions):
+        key, value = normal(*lengths.shape, k, positions, e), normal(*lengths.shape, k, positions, e)
+        hidden = np.arange(positions) >= lengths[..., None]
+        for a in key, value:
+            np.moveaxis(a, -3, -2)[hidden] = 1e4
+        return Cache(jnp.asarray(key, dtype), jnp.asarray(value, dtype), jnp.asarray(lengths, jnp.int32))
+
+    return jnp.asarray(normal(g, p, k * r, e), dtype), cache(lengths, t), cache(prompt_lengths, s)
+
+
+def _loops(query, own, prompt):
+    """Oracle: the definition in loops over Python floats (float64), from the formula alone."""
+    query, *caches = jax.tree.map(lambda a: np.asarray(a, np.float64), (query, own, prompt))
+    found = np.zeros_like(query)
+    for g, p, h in np.ndindex(query.shape[:3]):
+        head = h // (query.shape[2] // own.key.shape[2])
+        pairs = [(cache.key[at][head, j], cache.value[at][head, j]) for cache, at in zip(caches, [(g, p), p], strict=True)
+                 for j in range(int(cache.lengths[at]))]
+        dots = [math.fsum(a * b for a, b in zip(query[g, p, h], key, strict=True)) for key, _ in pairs]
+        weights = [math.exp(x / math.sqrt(query.shape[3])) for x in dots]
+        for e in range(query.shape[3]):
+            found[g, p, h, e] = math.fsum(w * v[e] for w, (_, v) in zip(weights, pairs, strict=True)) / math.fsum(weights)
+    return found
+
+
+def _close(found, expected, relative=1e-5):
+    np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(expected, np.float32), rtol=relative,
+                               atol=relative * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("r, k, s, t", [(2, 2, 37, 21), (1, 4, 16, 16), (3, 2, 5, 40)])
+def test_value_is_that_of_loops_over_floats(implementation, r, k, s, t):
+    arrays = _arrays(r=r, k=k, s=s, t=t)
+    _close(jax.jit(functools.partial(decode_attention, implementation=implementation))(*arrays), _loops(*arrays))
+
+
+def test_reference_is_loops_over_floats_and_its_gradient_the_central_difference():
+    query, own, prompt = _arrays(g=2, r=2, k=1, e=3, s=4, t=3)
+    _close(decode_attention(query, own, prompt, implementation="reference"), _loops(query, own, prompt))
+    credit = np.random.default_rng(1).normal(size=query.shape)
+    arrays = query, own.key, own.value, prompt.key, prompt.value
+
+    def build(query, key, value, prompt_key, prompt_value):
+        return query, Cache(key, value, own.lengths), Cache(prompt_key, prompt_value, prompt.lengths)
+
+    gradient = jax.grad(lambda *a: (credit * decode_attention(*build(*a), implementation="reference")).sum(), range(5))
+    for which, slope in enumerate(jax.jit(gradient)(*arrays)):
+        point = [np.asarray(a, np.float64) for a in arrays]
+        for index in list(np.ndindex(slope.shape))[::5]:
+            ends = []
+            for sign in 1, -1:
+                moved = [a.copy() for a in point]
+                moved[which][index] += sign * 1e-5
+                ends.append((credit * _loops(*build(*moved))).sum())
+            np.testing.assert_allclose(slope[index], (ends[0] - ends[1]) / 2e-5, rtol=1e-4, atol=1e-5)
+
+
+def _case(implementation, **sizes) -> contract.Case:
+    """Rows are samples, each of every prompt; the middle one is silent: it sees nothing of its own."""
+    query, own, prompt = _arrays(**sizes)
+    own = own._replace(lengths=own.lengths.at[1].set(0))
+    silent = np.arange(query.shape[0]) == 1
+
+    def with_name(name):
+        def call(query, key, value, prompt_key, prompt_value, lengths, prompt_lengths):
+            caches = Cache(key, value, lengths), Cache(prompt_key, prompt_value, prompt_lengths)
+            return decode_attention(query, *caches, implementation=name),
+
+        return call
+
+    return contract.Case(
+        op=with_name(implementation), reference=with_name("reference"), floats=(query, *own[:2], *prompt[:2]),
+        others=(own.lengths, prompt.lengths), silent=silent, row_inputs=(True, True, True, False, False))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_contract(implementation, dtype):
+    contract.check(_case(implementation, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", ["xla", "pallas"])
+def test_value_at_the_real_block_sizes(name):
+    arrays = _arrays(e=16, s=300, t=130)
+    _close(jax.jit(functools.partial(decode_attention, implementation=name))(*arrays), _loops(*arrays))
+
+
+def test_a_query_that_sees_nothing_gets_zero_and_gives_no_gradient(implementation):
+    query, own, prompt = _arrays()
+    own, prompt = (cache._replace(lengths=jnp.zeros_like(cache.lengths)) for cache in (own, prompt))
+    found, pull = jax.vjp(lambda q, k: decode_attention(q, own._replace(key=k), prompt, implementation=implementation),
+                          query, own.key)
+    assert (found == 0).all()
+    assert all((slope == 0).all() for slope in pull(jnp.ones_like(found)))
+
+
+def test_lengths_beyond_the_cache_show_all_of_it(implementation):
+    query, own, prompt = _arrays()
+    whole, beyond = ([c._replace(lengths=jnp.full_like(c.lengths, c.key.shape[-2] + more)) for c in (own, prompt)]
+                     for more in (0, 100))
+    _close(decode_attention(query, *beyond, implementation=implementation),
+           decode_attention(query, *whole, implementation="reference"))
+
+
+def test_scores_far_beyond_float32s_exponential_are_finite(implementation):
+    query, own, prompt = _arrays()
+    expected = decode_attention(1e3 * query, own, prompt, implementation="reference")
+    assert np.isfinite(expected).all()
+    _close(decode_attention(1e3 * query, own, prompt, implementation=implementation), expected)
+
+
+def test_no_group_axis_and_two_are_one_group(implementation):
+    query, own, prompt = _arrays(g=4)
+    call = functools.partial(decode_attention, implementation=implementation)
+    expected = decode_attention(query, own, prompt, implementation="reference")
+    _close(call(query[1], jax.tree.map(lambda a: a[1], own), prompt), expected[1])
+    two = lambda a: a.reshape(2, 2, *a.shape[1:])
+    _close(call(two(query), jax.tree.map(two, own), prompt), two(expected))
+
+
+# The vmap rule.
+
+
+def _products(jaxpr) -> list:
+    """Shapes of the operands of every dot_general, and of the arguments of every pallas_call, inner jaxprs included."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "pallas_call"):
+            found.append([v.aval.shape for v in equation.invars])
+        if equation.primitive.name != "pallas_call":
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                found += _products(inner)
+    return found
+
+
+def _over_samples(name):
+    """A sample at a time, mapped over the samples with the prompt's cache held, as the rollout does."""
+    return jax.vmap(functools.partial(decode_attention, implementation=name), in_axes=(0, 0, None))
+
+
+@pytest.mark.parametrize("name", ["xla", "pallas"])
+def test_a_vmap_over_samples_asks_the_prompt_once_for_all(name):
+    """P, G, H, K, E, S, T = 2, 3, 4, 2, 16, 40, 24: the prompt's product has the 6 rows of a group (16 in a kernel)."""
+    arrays = _arrays(s=40, t=24, e=16)
+    shapes = _products(jax.make_jaxpr(_over_samples(name))(*arrays).jaxpr)
+    prompt = [shape for shape in shapes if (2, 2, 40, 16) in shape]
+    assert len(prompt) == {"xla": 2, "pallas": 1}[name]  # scores and mixture, or the kernel
+    rows = {(2, 2, 6, 16), (2, 2, 6, 40)} if name == "xla" else {(2, 2, 16, 16)}
+    assert all(rows & set(shape) for shape in prompt)
+    own = [shape for shape in shapes if (3, 2, 2, 24, 16) in shape]
+    assert len(own) == len(prompt) and len(shapes) == len(own) + len(prompt)
+    assert not any((3, 2, 2, 40, 16) in shape for shape in shapes), "the prompt's cache was copied"
+
+
+@pytest.mark.parametrize("name", ["xla", "pallas"])
+def test_a_vmap_over_replicas_keeps_the_group_in_one_product(name):
+    arrays = jax.tree.map(lambda a: jnp.stack([a] * 5), _arrays(s=40, t=24, e=16))
+    shapes = _products(jax.make_jaxpr(jax.vmap(_over_samples(name)))(*arrays).jaxpr)
+    assert len([shape for shape in shapes if (5, 2, 2, 40, 16) in shape]) == {"xla": 2, "pallas": 1}[name]
+    assert not any((5, 3, 2, 2, 40, 16) in shape or (3, 5, 2, 2, 40, 16) in shape for shape in shapes)
+
+
+def test_a_vmap_over_samples_is_the_group(implementation):
+    arrays = _arrays()
+    expected = decode_attention(*arrays, implementation="reference")
+    _close(jax.jit(_over_samples(implementation))(*arrays), expected)
+
+
+@pytest.mark.parametrize("name", ["xla", "pallas"])
+def test_every_nesting_of_vmaps_is_right(name):
+    """Also those that no rollout has: the prompt's cache mapped, or nothing of a sample but its query or lengths."""
+    query, own, prompt = _arrays(e=16)
+
+    copied = jax.tree.map(lambda a: jnp.stack([a] * 3), prompt)
+    first = jax.tree.map(lambda a: a[0], own)
+    lengths = first._replace(lengths=jnp.arange(3)[:, None] + jnp.array([[1, 2]]))
+    last = jax.tree.map(lambda a: jnp.moveaxis(a, 0, -1), (query, own))
+
+    def nestings(name):
+        call = functools.partial(decode_attention, implementation=name)
+        return (jax.vmap(call)(query, own, copied), jax.vmap(call, (0, None, None))(query, first, prompt),
+                jax.vmap(call, (None, Cache(None, None, 0), None))(query[0], lengths, prompt),
+                jax.vmap(call, (-1, -1, None), 1)(*last, prompt))
+
+    for found, expected in zip(*(jax.jit(nestings, static_argnums=0)(which) for which in (name, "reference")), strict=True):
+        _close(found, expected)
+
+
+def test_inside_a_while_loop_over_replicas(implementation):
+    """As a rollout of seeds runs: vmap over samples in the loop's body, a named vmap around the loop."""
+    query, own, prompt = _arrays()
+    replicas = jax.tree.map(lambda a: jnp.stack([a, a]), (query, own, prompt))
+    step = _over_samples(implementation)
+
+    def draw(step, query, own, prompt):
+        def body(carry):
+            now, _, out = carry
+            grown = own._replace(lengths=jnp.minimum(own.lengths, now + 1))
+            return now + 1, out, out + step(query, grown, prompt)
+
+        def unfinished(carry):
+            return jax.lax.psum((carry[0] < 3).astype(jnp.int32), "seed") > 0
+
+        return jax.lax.while_loop(unfinished, body, (0, query, jnp.zeros_like(query)))[2]
+
+    run = lambda step: jax.jit(jax.vmap(functools.partial(draw, step), axis_name="seed"))(*replicas)
+    _close(run(step), run(functools.partial(decode_attention, implementation="reference")))
+
+
+@pytest.mark.parametrize("name", ["reference", "xla"])
+def test_inside_shard_map(name):
+    query, own, prompt = _arrays(s=80, t=70)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    first, second = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec(None, "data")
+    for check_vma in True, False:
+        call = jax.shard_map(functools.partial(decode_attention, implementation=name), mesh=mesh,
+                             in_specs=(second, second, first), out_specs=second, check_vma=check_vma)
+        _close(jax.jit(call)(query, own, prompt), decode_attention(query, own, prompt, implementation="reference"))
+
+
+def test_the_cache_that_a_loop_fills_is_not_copied_in_it():
+    """XLA's own program of a loop that writes a position and attends: no copy of a whole own cache in its body."""
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+    lengths = jnp.full(4, 128)
+
+    def fill(query, key, value, prompt_key, prompt_value):
+        def body(carry):
+            now, query, key, value = carry
+            key, value = (jax.lax.dynamic_update_slice_in_dim(a, query[:, :, :, None], now, 3) for a in (key, value))
+            one = lambda q, k, v: decode_attention(
+                q, Cache(k, v, jnp.full(4, now + 1)), Cache(prompt_key, prompt_value, lengths), implementation="xla")
+            return now + 1, jax.vmap(one)(query, key, value), key, value
+
+        return jax.lax.while_loop(lambda carry: carry[0] < 256, body, (0, query, key, value))[1:]
+
+    own, prompt = shape(3, 4, 2, 256, 16), shape(4, 2, 128, 16)
+    lowered = jax.jit(fill, donate_argnums=(1, 2)).lower(shape(3, 4, 2, 16), own, own, prompt, prompt)
+    text = lowered.compile({"xla_backend_optimization_level": 3}).as_text()
+    assert [line.strip() for line in text.splitlines() if " copy(" in line and "f32[3,4,2,256,16]" in line] == []
+
+
+# The kernels.
+
+
+def test_pallas_runs_a_kernel_in_both_cuts(monkeypatch):
+    for cut in CUTS.values():
+        monkeypatch.setattr(blocks, "choose", lambda *shape, cut=cut: cut)
+        contract.check_runs_kernel(functools.partial(decode_attention, implementation="pallas"), *_arrays())
+
+
+def test_what_stands_behind_the_caches_is_never_read(monkeypatch):
+    """Tiles of 8 of 37 and 21 positions: interpreted, a block reads NaN behind the end of its array."""
+    monkeypatch.setattr(blocks, "choose", lambda *shape: WALK)
+    query, own, prompt = _arrays()
+    whole = [c._replace(lengths=jnp.full_like(c.lengths, c.key.shape[-2])) for c in (own, prompt)]
+    assert np.isfinite(decode_attention(query, *whole, implementation="pallas")).all()
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_tiles_behind_the_length_do_no_work(monkeypatch, cut):
+    """A tile that is worked on would turn its NaN into the sums: nothing past the last visible tile is touched."""
+    monkeypatch.setattr(blocks, "choose", lambda *shape: CUTS[cut])
+    query, own, prompt = _arrays(s=48, t=48)
+    shown = lambda cache: cache._replace(lengths=jnp.full_like(cache.lengths, 10))
+    poisoned = lambda cache: cache._replace(key=cache.key.at[..., 16:, :].set(jnp.nan),
+                                            value=cache.value.at[..., 16:, :].set(jnp.nan))
+    expected = decode_attention(query, shown(own), shown(prompt), implementation="reference")
+    _close(decode_attention(query, shown(poisoned(own)), shown(poisoned(prompt)), implementation="pallas"), expected)
+
+
+def test_sums_of_nothing_are_neutral(implementation):
+    query, own, prompt = _arrays()
+    sums = {"xla": forward.tiled, "pallas": kernel.sums}[implementation]
+    q = reference.by_key_head(query, 2)
+    some = sums(q, own)
+    none = sums(q, own._replace(lengths=jnp.zeros_like(own.lengths)))
+    assert (none.mixed == 0).all() and (none.total == 0).all()
+    for x, y in zip(forward.merged(none, some), some, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+MODELS = {"Qwen3-0.6B": (16, 8, 128), "Qwen3-4B": (32, 8, 128), "Llama-3.1-8B": (32, 8, 128), "Gemma-3-4B": (8, 4, 256)}
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("group, prompts, length, dtype", [
+    (8, 4, 1024, jnp.bfloat16), (16, 8, 4096, jnp.bfloat16), (8, 2, 1000, jnp.float32)])
+def test_lowers_for_real_models(platform, model, group, prompts, length, dtype):
+    heads, key_heads, size = MODELS[model]
+    shape, count = lambda *sizes: jax.ShapeDtypeStruct(sizes, dtype), lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.int32)
+
+    def cache(*batch):
+        return Cache(*[shape(*batch, key_heads, length, size)] * 2, count(*batch))
+
+    arrays = shape(group, prompts, heads, size), cache(group, prompts), cache(prompts)
+    contract.check_lowering(platform, _over_samples(None), *arrays)
+    if length == 1024:
+        contract.check_lowering(platform, jax.value_and_grad(lambda *a: decode_attention(*a).astype(jnp.float32).sum()),
+                                *arrays)
+
+
+@pytest.mark.parametrize("sequences, heads, rows, positions, size", [
+    (4, 8, 16, 1024, 128), (64, 8, 2, 4096, 128), (8, 4, 64, 4096, 256), (1, 1, 1, 16, 64), (2, 2, 200, 1000, 128)])
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_blocks_are_what_the_device_takes(platform, sequences, heads, rows, positions, size):
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=contract.DEVICES[platform])
+    with jax.sharding.use_abstract_mesh(mesh):
+        chosen = blocks.choose(sequences, heads, rows, positions, size, 2)
+    power_of_two = lambda x: x >= 16 and x & (x - 1) == 0
+    assert heads % chosen.heads == 0 and power_of_two(chosen.rows) and chosen.tile <= positions
+    if platform == "tpu":
+        assert chosen.walk and chosen.splits == 1 and (chosen.tile % 128 == 0 or chosen.tile == positions)
+        assert chosen.heads * chosen.tile * size * 2 <= 1 << 20
+    else:
+        assert not chosen.walk and chosen.heads == 1 and power_of_two(chosen.tile)
+        assert chosen.splits * chosen.tile <= positions
+
+
+def test_what_is_wrong_is_said(monkeypatch):
+    query, own, prompt = _arrays()
+    with pytest.raises(ValueError, match="allowed are None and .*pallas.*reference.*xla"):
+        decode_attention(query, own, prompt, implementation="fast")
+    with pytest.raises(ValueError, match="own cache must have"):
+        decode_attention(query, own._replace(lengths=own.lengths[:1]), prompt)
+    with pytest.raises(ValueError, match="own cache must have"):
+        decode_attention(query[0], own, prompt)
+    with pytest.raises(ValueError, match="prompt cache must have"):
+        decode_attention(query, own, prompt._replace(value=prompt.value[..., :2]))
+    with pytest.raises(ValueError, match="must divide"):
+        decode_attention(query[:, :, :3], own, prompt)
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=contract.DEVICES["cuda"])
+    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match="powers of two.*Ask for 'xla'"):
+        decode_attention(query, own, prompt, implementation="pallas")
