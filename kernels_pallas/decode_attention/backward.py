@@ -9,9 +9,10 @@ from kernels_pallas.decode_attention.reference import Cache
 def cotangents(query: Float[Array, "*G P H E"], own: Cache, prompt: Cache,
                cotangent: Float[Array, "*G P H E"]) -> tuple[Float[Array, "*G P H E"], Cache, Cache]:
     """Cotangents of query, own cache and prompt's cache; lengths have none."""
+    (*own, own_lengths), (*prompt, prompt_lengths) = own, prompt
+
     def attend(query: Array, own: tuple, prompt: tuple) -> Array:
         return reference.decode_attention(query, Cache(*own, own_lengths), Cache(*prompt, prompt_lengths))
 
-    (*own, own_lengths), (*prompt, prompt_lengths) = own, prompt
     d_query, d_own, d_prompt = jax.vjp(attend, query, tuple(own), tuple(prompt))[1](cotangent)
     return d_query, Cache(*d_own, None), Cache(*d_prompt, None)

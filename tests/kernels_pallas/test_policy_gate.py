@@ -15,7 +15,7 @@ from rl_jax.learner import assemble, diagnostics, update
 from rl_jax.loss import (bounds, budget, divergence, entropy, fiber, gate, likelihood, ratio, reject, score, value,
                          variance)
 from rl_jax.recipes.baselines import grpo
-from rl_jax.recipes.loss import cispo, fiberpo, fiberpo_domain, gspo, sapo_soft_gate
+from rl_jax.recipes.loss import fiberpo, fiberpo_domain, gspo, sapo_soft_gate
 from rl_jax.types import Evaluated
 
 ROWS, TOKENS = 5, 300
@@ -190,8 +190,7 @@ def test_every_family_is_its_reference(family):
         assert "policy/clip_share" in found[0].diagnostics and found[0].loss != 0
 
 
-@pytest.mark.parametrize("implementation", PASSES)
-@pytest.mark.parametrize("family", ["ppo_clip_and_k3", "per_sequence"])
+@pytest.mark.parametrize("family, implementation", [("ppo_clip_and_k3", "xla"), ("per_sequence", "pallas")])
 def test_contract(family, implementation):
     batch, (function, level) = _batch(5, 140), FAMILIES[family]
 
@@ -236,7 +235,7 @@ def _loops(logp, batch: Batch):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_values_are_those_of_loops_over_floats(implementation):
-    batch = _batch(4, 150)
+    batch = _batch()
     loss, numbers = _loops(batch.policy["logp"], batch)
     gated, _ = _run("ppo_clip_and_k3", implementation, batch)
     assert gated.terms == {} and gated.extras == {} and sorted(gated.diagnostics) == sorted(numbers)
@@ -247,10 +246,10 @@ def test_values_are_those_of_loops_over_floats(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_gradient_is_the_central_difference_in_float64(implementation):
-    batch = _batch(3, 140, seed=3)
+    batch = _batch(seed=3)
     _, gradient = _run("ppo_clip_and_k3", implementation, batch)
     point, step = np.asarray(batch.policy["logp"], float), 1e-6
-    for index in list(np.ndindex(point.shape))[::61]:
+    for index in list(np.ndindex(point.shape))[::67]:
         move = np.zeros_like(point)
         move[index] = step
         difference = (_loops(point + move, batch)[0] - _loops(point - move, batch)[0]) / (2 * step)
@@ -264,14 +263,24 @@ def test_clip_share_counts_the_gate_and_not_the_weights():
     weight, share = jnp.array([[1.0, 1.0, 0.0, 1.0]]), jnp.full((1, 4), 0.25)
     for implementation in IMPLEMENTATIONS:
         clipped = lambda policy, given: gate.ppo_clip(_per_token(policy, given), given["advantage"], 0.2, 0.2)
-        gated = policy_gate(clipped, {"logp": logs}, given, jnp.ones((1, 4), bool), weight, share,
-                            implementation=implementation)
+        call = jax.jit(functools.partial(policy_gate, clipped, implementation=implementation))
+        gated = call({"logp": logs}, given, jnp.ones((1, 4), bool), weight, share)
         np.testing.assert_allclose(gated.diagnostics["policy/clip_share"], 0.5)
         assert "policy/entropy" not in gated.diagnostics and "policy/kl_reference" not in gated.diagnostics
 
 
-RECIPES = {"grpo": (grpo.grpo, "token"), "cispo": (cispo.cispo, "token"), "gspo": (gspo.gspo, "row"),
-           "sapo": (sapo_soft_gate.sapo_soft_gate, "token"), "fiberpo": (fiberpo.fiberpo, "row")}
+def test_what_is_hidden_does_not_say_that_its_row_learns():
+    """Without credit only hidden tokens would teach, through the row's ratio: the chosen ones are all held back."""
+    batch = _batch(2, 20)
+    batch.given["advantage"] = jnp.ones_like(batch.weight)
+    of_others = lambda policy, given: jnp.where(given["advantage"] == 0, _per_sequence(policy, given), 0.0)
+    for implementation in IMPLEMENTATIONS:
+        call = jax.jit(functools.partial(policy_gate, of_others, level="row", implementation=implementation))
+        np.testing.assert_allclose(call(*batch).diagnostics["policy/clip_share"], 1.0, rtol=1e-6)
+
+
+RECIPES = {"grpo": (grpo.grpo, "token"), "sapo": (sapo_soft_gate.sapo_soft_gate, "token"),
+           "gspo": (gspo.gspo, "row"), "fiberpo": (fiberpo.fiberpo, "row")}
 
 
 def _experience(recipe, batch: Batch, rows: int):
@@ -309,7 +318,7 @@ def test_recipes_have_the_learners_loss_and_metrics(name):
         return gated.loss, {**gated.extras, **gated.diagnostics}
 
     expected = _learner(recipe, x, policy, weight, share)
-    for implementation in IMPLEMENTATIONS:
+    for implementation in IMPLEMENTATIONS if name == "grpo" else ("pallas",):
         run = jax.jit(jax.value_and_grad(functools.partial(loss, implementation), has_aux=True))
         (total, metrics), gradient = run({"logp": policy.logp, "entropy": policy.entropy})
         _same((total, metrics, gradient), expected)
@@ -401,7 +410,8 @@ def _staged(name, implementation, x, recipe, policy, weight, share):
 def test_stages_have_the_loss_and_metrics_of_the_whole(name):
     recipe, batch = STAGED[name][0](), _batch(16, 290, seed=2)
     x, policy = _experience(recipe, batch, 16)
-    weight, share = recipe.weighting(x), update.token_share(x)
+    # Some answers weigh nothing: their tokens are not clipped for that.
+    weight, share = jnp.where(jnp.arange(16)[:, None] % 3 == 0, 0.0, recipe.weighting(x)), update.token_share(x)
     arrays = {"logp": policy.logp, "entropy": policy.entropy}
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -412,7 +422,7 @@ def test_stages_have_the_loss_and_metrics_of_the_whole(name):
 
     expected = _learner(recipe, x, policy, weight, share)
     assert name != "gspo" or 0 < expected[1]["policy/clip_share"] < 1
-    for implementation in IMPLEMENTATIONS:
+    for implementation in IMPLEMENTATIONS if name == "gspo" else PASSES:
         found, values = run(implementation, x, arrays)
         _same(found, expected, relative=2e-5)
         _same(values, expected[:2], relative=2e-5)
@@ -493,7 +503,7 @@ def test_numbers_per_row_in_policy_get_the_sum_over_their_row(implementation):
     np.testing.assert_allclose(gradient["shift"][:, 0], gradient["logp"].sum(axis=1), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", PASSES)
 def test_only_the_loss_is_differentiable_and_the_gradient_scales(implementation):
     batch, (function, _) = _batch(4, 20), FAMILIES["named_terms"]
 
@@ -517,24 +527,23 @@ def test_only_the_loss_is_differentiable_and_the_gradient_scales(implementation)
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_nothing_chosen_is_zero(implementation):
-    batch = _batch(2, 20)
+    batch = _batch()
     batch = batch._replace(mask=jnp.zeros_like(batch.mask), share=jnp.zeros_like(batch.share))
     gated, gradient = _run("ppo_clip_and_k3", implementation, batch)
     assert gated.diagnostics.pop("policy/ratio_min") == jnp.inf
     assert all(x == 0 for x in jax.tree.leaves(gated)) and not gradient["logp"].any()
 
 
-@pytest.mark.parametrize("implementation", PASSES)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 130)])
-@pytest.mark.parametrize("family", ["bound_per_row", "per_sequence"])
-def test_odd_shapes(family, shape, implementation):
+@pytest.mark.parametrize("family, shape", [
+    ("bound_per_row", (1, 1)), ("bound_per_row", (3, 1)), ("per_sequence", (3, 1)), ("per_sequence", (1, 130))])
+def test_odd_shapes(family, shape):
     batch = _batch(*shape)
-    _same(_run(family, implementation, batch), _run(family, "reference", batch))
+    _same(_run(family, "pallas", batch), _run(family, "reference", batch))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_is_computed_in_float32(implementation):
-    batch = _batch(4, 40)
+    batch = _batch()
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), batch.policy)
     gated, gradient = _run("ppo_clip_and_k3", implementation, batch, rounded)
     widened, _ = _run("ppo_clip_and_k3", "reference", batch, jax.tree.map(lambda x: x.astype(jnp.float32), rounded))
@@ -676,7 +685,9 @@ def _cumulative(policy, given):
 def test_gates_that_cannot_be_in_a_kernel_are_refused_there_and_run_in_xla(function, message):
     with pytest.raises(ValueError, match=message):
         _call(function, level="row", implementation="pallas")
-    _same(_call(function, level="row"), _call(function, level="row", implementation="reference"))
+    found, expected = (jax.jit(functools.partial(policy_gate, function, level="row", implementation=implementation))(
+        *_batch(2, 20)) for implementation in (None, "reference"))
+    _same(found, expected)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=contract.DEVICES["cuda"])):
         call = lambda policy, given, *rest: policy_gate(function, policy, given, *rest, level="row")
         jaxpr = jax.make_jaxpr(call)(*_shapes(2, 20))

@@ -21,9 +21,7 @@ CAPPED = Options(scale=0.7, soft_cap=1.5)
 VISIBLE = {
     "all": WHOLE,
     "no_prompt, lengths": Seen(jnp.array([0, 37], jnp.int32), LENGTHS),
-    "window": Seen(jnp.array([3, 36], jnp.int32), options=Options(window=9)),
-    "lengths, cap, scale": Seen(jnp.array([0, 20], jnp.int32), LENGTHS, options=CAPPED),
-    "packed": Seen(jnp.array([16, 36], jnp.int32), segment=SEGMENT),
+    "window, cap, scale": Seen(jnp.array([3, 36], jnp.int32), options=CAPPED._replace(window=9)),
     "packed, lengths, everything": Seen(jnp.array([20, 32], jnp.int32), LENGTHS, SEGMENT, CAPPED._replace(window=7)),
 }
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -114,7 +112,7 @@ def test_gradient_of_the_reference_is_the_central_difference_in_float64():
 
 
 @fast
-@pytest.mark.parametrize("name", VISIBLE)
+@pytest.mark.parametrize("name", [name for name in VISIBLE if name != "all"])
 def test_value_and_gradient_are_the_reference_s(name, implementation):
     close(value_and_gradient(arrays(), VISIBLE[name], implementation), _reference_value_and_gradient(name))
 
@@ -129,28 +127,29 @@ def test_kept_and_recomputed_weights_agree(monkeypatch, keep):
     close(value_and_gradient(arrays(), WHOLE, "xla"), _reference_value_and_gradient("all"))
 
 
-def _case(implementation, seen, dtype=jnp.float32) -> contract.Case:
-    """Row 2 of VISIBLE's lengths is empty; here it holds large garbage too."""
-    given = tuple(x.at[2].set(1e30) if i < 3 else x for i, x in enumerate(arrays(dtype)))
-    silent = np.arange(P * G) == 2
+@fast
+def test_contract(implementation):
+    """Row 2 is empty and holds large garbage."""
+    seen = VISIBLE["packed, lengths, everything"]
     call = lambda name: lambda *x: (prefix_attention(*x[:5], Seen(*x[5:], seen.options), name),)
-    return contract.Case(op=call(implementation), reference=call("reference"), floats=given,
-                         others=(seen.prompt, seen.lengths, seen.segment), silent=silent,
-                         row_inputs=(True, True, True, False, False))
+    contract.check(contract.Case(
+        op=call(implementation), reference=call("reference"),
+        floats=tuple(x.at[2].set(1e30) if i < 3 else x for i, x in enumerate(arrays())),
+        others=(seen.prompt, seen.lengths, seen.segment), silent=np.arange(P * G) == 2,
+        row_inputs=(True, True, True, False, False)))
 
 
 @fast
-@pytest.mark.parametrize("name, dtype", [("packed, lengths, everything", jnp.float32),
-                                         ("no_prompt, lengths", jnp.bfloat16)])
-def test_contract(name, dtype, implementation):
-    contract.check(_case(implementation, VISIBLE[name], dtype))
+def test_bfloat16(implementation):
+    given, seen = arrays(jnp.bfloat16), VISIBLE["no_prompt, lengths"]
+    found = value_and_gradient(given, seen, implementation)
+    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
+    close(found, value_and_gradient(given, seen, "reference"), 2.0**-7)
 
 
-@pytest.mark.parametrize("implementation, heads", [("xla", (6, 2, 8)), ("pallas", (6, 2, 20)),
-                                                   ("pallas", (3, 3, 16))])
-def test_head_counts_and_sizes_that_are_no_power_of_two(implementation, heads):
-    h, k, e = heads
-    given = arrays(p=1, g=2, s=18, t=17, h=h, k=k, e=e)
+@fast
+def test_head_counts_and_sizes_that_are_no_power_of_two(implementation):
+    given = arrays(p=1, g=2, s=18, t=17, h=6, k=2, e=20)
     seen = Seen(jnp.array([17]), jnp.array([17, 3]))
     close(value_and_gradient(given, seen, implementation), value_and_gradient(given, seen, "reference"))
 
@@ -222,31 +221,17 @@ def test_padding_may_hold_anything_and_gets_exactly_nothing(implementation):
 
 
 @every_implementation
-def test_no_row_is_heard(implementation):
-    seen = Seen(jnp.array([20, 0]), jnp.zeros(P * G, jnp.int32))
-    assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(value_and_gradient(arrays(), seen, implementation)))
-
-
-@every_implementation
 def test_without_a_prompt_it_is_causal_attention(implementation):
-    given = arrays(p=4, g=1, s=0)
-    out = prefix_attention(*given, Seen(jnp.zeros(4, jnp.int32)), implementation)
-    np.testing.assert_allclose(out, unshared(*given, jnp.zeros(4, jnp.int32)), rtol=1e-5, atol=1e-6)
-    cotangents = value_and_gradient(given, Seen(jnp.zeros(4, jnp.int32)), implementation)[1]
+    given, nothing = arrays(p=4, g=1, s=0), jnp.zeros(4, jnp.int32)
+    out, cotangents = value_and_gradient(given, Seen(nothing), implementation)
+    np.testing.assert_allclose(out, unshared(*given, nothing), rtol=1e-5, atol=1e-6)
     assert [x.shape for x in cotangents] == [x.shape for x in given]
 
 
 @every_implementation
 def test_huge_scores_are_finite(implementation):
-    given = tuple(1e3 * x for x in arrays())
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(value_and_gradient(given, WHOLE, implementation)))
-
-
-@fast
-def test_each_dtype_is_kept(implementation):
-    for dtype in jnp.bfloat16, jnp.float32:
-        out, cotangents = value_and_gradient(arrays(dtype, t=3, s=2), Seen(jnp.array([1, 2])), implementation)
-        assert {x.dtype for x in (out, *cotangents)} == {jnp.dtype(dtype)}
+    found = jax.jit(lambda *x: prefix_attention(*x, WHOLE, implementation))(*(1e3 * x for x in arrays()))
+    assert np.isfinite(found).all()
 
 
 @pytest.mark.parametrize("name", VISIBLE)
