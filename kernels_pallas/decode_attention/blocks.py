@@ -17,8 +17,9 @@ TILE_BYTES_ON_GPU = 16 << 10
 PROGRAMS_ON_GPU = 264
 TILES_PER_PROGRAM = 4
 
-# Not measured on a TPU, but compiled for a v5e at the shapes of Qwen3-0.6B to Gemma-3-4B. A block of keys has at most 1 MiB; with that of values and the copies that are under way it
-# takes 4 of the 16 MiB of VMEM of a v5e. Queries and sums may take ROWS_BYTES_ON_TPU.
+# Not measured on a TPU, but compiled for a v5e at the shapes of Qwen3-0.6B to Gemma-3-4B. A block of keys has at most
+# 1 MiB; with that of values and the copies that are under way it takes 4 of the 16 MiB of VMEM of a v5e. Queries and
+# sums may take ROWS_BYTES_ON_TPU.
 BLOCK_BYTES_ON_TPU = 1 << 20
 ROWS_BYTES_ON_TPU = 4 << 20
 LONGEST_TILE_ON_TPU = 512

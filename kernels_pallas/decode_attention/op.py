@@ -47,8 +47,8 @@ def _check(query: Array, own: Cache, prompt: Cache) -> None:
         positions = cache.key.shape[-2] if cache.key.ndim > 2 else 0
         expected = (*batch, k, positions, e)
         if cache.key.shape != expected or cache.value.shape != expected or cache.lengths.shape != batch:
-            raise ValueError(f"query [*G, P, H, E] = {query.shape}: the {name} cache must have key and value {expected} "
-                             f"and lengths {batch}, not {cache.key.shape}, {cache.value.shape}, {cache.lengths.shape}.")
+            raise ValueError(f"query [*G, P, H, E] = {query.shape}: the {name} cache must have key and value "
+                             f"{expected} and lengths {batch}, not {cache.key.shape}, {cache.value.shape}, {cache.lengths.shape}.")
     if h % k:
         raise ValueError(f"{h} query heads, {k} key heads: the second must divide the first.")
 

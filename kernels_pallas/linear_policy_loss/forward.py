@@ -14,11 +14,9 @@ from kernels_pallas.linear_policy_loss.reference import found
 from kernels_pallas.policy_gate import forward as gate_forward
 from kernels_pallas.policy_gate import grid
 from kernels_pallas.policy_gate.grid import Block
-from kernels_pallas.policy_gate.reference import Gate, Gated
+from kernels_pallas.policy_gate.reference import MAXIMA, MINIMA, Gate, Gated
 
 HEAD = "hidden", "vocabulary"
-MAXIMA = "rollout/logp_gap_nats", "policy/ratio_max"
-MINIMA = "policy/ratio_min",
 
 
 class Constants(NamedTuple):

@@ -36,8 +36,8 @@ def linear_policy_loss(gate: Gate, head: Head, batch: Batch, *,
       ValueError: as `linear_logprob` and `policy_gate`; "xla" with a gate that looks beyond one token.
     """
     if batch.mask.size != head.hidden.shape[0]:
-        raise ValueError(f"the head has {head.hidden.shape[0]} rows and the mask is {batch.mask.shape}: there must be a "
-                         "row of the head for every token, N * T.")
+        raise ValueError(f"the head has {head.hidden.shape[0]} rows and the mask is {batch.mask.shape}: there must be "
+                         "a row of the head for every token, N * T.")
     one = jax.ShapeDtypeStruct(batch.mask.shape, jnp.float32)
     policy = {**batch.policy, "logp": one, "entropy": one}
     traced = trace.function(gate, "gate", policy, {**batch.given, "mask": batch.mask})

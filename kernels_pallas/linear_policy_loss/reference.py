@@ -12,7 +12,7 @@ from kernels_pallas.policy_gate.reference import Gate, Gated, Given, Mask, Polic
 
 
 class Head(NamedTuple):
-    """The last layer: what `linear_logprob` takes, with N * T rows, position by position of one sequence after the other.
+    """The last layer: what `linear_logprob` takes, with a row for each of the N * T tokens of a batch.
 
     `hidden` and `vocabulary` are differentiable.
     """

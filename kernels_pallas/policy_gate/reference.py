@@ -13,6 +13,7 @@ Mask = Bool[Array, "N T"]
 Tokens = Float[Array, "N T"]
 Weight = Tokens | dict[str, Tokens]
 Gate = Callable[[dict[str, Any], dict[str, Any]], Any]
+MAXIMA, MINIMA = ("rollout/logp_gap_nats", "policy/ratio_max"), ("policy/ratio_min",)  # diagnostics that are no sums
 ONLY = ""  # the name of a term without a name
 
 

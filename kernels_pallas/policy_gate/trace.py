@@ -67,8 +67,8 @@ def function(of: Gate, name: str, policy: dict[str, Any], given: dict[str, Any])
     ends = [("policy", one) for one in sorted(policy)] + [("given", one) for one in sorted(given)]
 
     def read(where, wanted):
-        needed = _needed(jaxpr, wanted)
-        found = (end for end, x in zip(ends, jaxpr.invars, strict=True) if x in needed)
+        used = needed(jaxpr, wanted)
+        found = (end for end, x in zip(ends, jaxpr.invars, strict=True) if x in used)
         return frozenset(one for kind, one in found if kind == where)
 
     terms = jaxpr.outvars[:len(jax.tree.leaves(out[0] if isinstance(out, tuple) else out))]
@@ -116,12 +116,13 @@ def _shape(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, reference.accumulator(x) if floating else x.dtype)
 
 
-def _needed(jaxpr: Jaxpr, wanted: list) -> set:
-    needed = {x for x in wanted if not isinstance(x, Literal)}
+def needed(jaxpr: Jaxpr, wanted: list) -> set:
+    """The variables that the wanted ones depend on."""
+    found = {x for x in wanted if not isinstance(x, Literal)}
     for equation in reversed(jaxpr.eqns):
-        if not needed.isdisjoint(equation.outvars):
-            needed |= {x for x in equation.invars if not isinstance(x, Literal)}
-    return needed
+        if not found.isdisjoint(equation.outvars):
+            found |= {x for x in equation.invars if not isinstance(x, Literal)}
+    return found
 
 
 def _operations(jaxpr: Jaxpr) -> Iterator[Any]:
@@ -146,29 +147,32 @@ def _obstacle(equation: Any) -> str | None:
     turned = name in ("reshape", "squeeze", "expand_dims") and long(equation.invars[0].aval.shape) != long(out)
     if name not in ELEMENTWISE | SHAPES | REDUCTIONS or turned or len(out) > 2:
         return f"it uses {name!r} ({list(out)}), which cannot be in a kernel"
+    if len(out) == 2 and not (out[0] in (1, SIZES[0][0]) and out[1] in (1, SIZES[0][1])) or out == SIZES[0][1:]:
+        return "it compares rows or positions with each other, which may be in different blocks"
     if 0 in _lengths(equation):
         return "it reduces over rows, which are in different blocks: give its sums over a row to staged_gate"
     return None
 
 
-def _consts(closed: ClosedJaxpr) -> list:
+def consts(closed: ClosedJaxpr) -> list:
+    """The arrays that a traced function closes over."""
     found = list(closed.consts)
     for equation in closed.jaxpr.eqns:
         for x in equation.params.values():
-            found += _consts(x) if isinstance(x, ClosedJaxpr) else []
+            found += consts(x) if isinstance(x, ClosedJaxpr) else []
         found += [x.val for x in equation.invars if isinstance(x, Literal) and np.ndim(x.val) > 0]
     return found
 
 
 def _refuse_closed_over(of: Callable, name: str, closed: ClosedJaxpr) -> None:
-    consts = _consts(closed)
-    if not consts:
+    arrays = consts(closed)
+    if not arrays:
         return
     known = list(_reachable(of, "", set()))
     same = lambda a, b: a is b or (a.shape == b.shape and a.dtype == b.dtype)
     names = [next((where for where, x in known if x is one), None)
-             or next((where for where, x in known if same(x, one)), None) or "an array made inside" for one in consts]
-    shapes = ", ".join(f"{where} ({one.dtype}{list(one.shape)})" for where, one in zip(names, consts, strict=True))
+             or next((where for where, x in known if same(x, one)), None) or "an array made inside" for one in arrays]
+    shapes = ", ".join(f"{where} ({one.dtype}{list(one.shape)})" for where, one in zip(names, arrays, strict=True))
     raise ValueError(f"the {name} closes over {shapes}: a kernel reads nothing but its arguments; pass it in given (a "
                      "number for all, [], per row, [N, 1], or per token, [N, T]), or as a Python number.")
 

@@ -127,7 +127,8 @@ def _of_keys(query: Array, source: Source, sees: Array, rows: tuple, options: Op
     )(tiles.ranges(source.meet.mT), source.key, source.value, query, sees, *rows)
 
 
-def _keys_body(table, key, value, query, sees, d_out, log_total, delta, d_key, d_value, *, options, query_tile, visible):
+def _keys_body(table, key, value, query, sees, d_out, log_total, delta, d_key, d_value, *, options, query_tile,
+               visible):
     group, heads = query.shape[:2]
     j, tiles_of_keys, keys, values = pl.program_id(3), pl.num_programs(3), key[...], value[...]
     steps, is_first = pl.num_programs(4), (pl.program_id(4) == 0) & (pl.program_id(5) == 0)

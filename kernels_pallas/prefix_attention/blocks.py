@@ -8,12 +8,12 @@ from kernels_pallas import dispatch
 from kernels_pallas.prefix_attention.operands import Operands
 from kernels_pallas.prefix_attention.visibility import Options
 
-# Plain XLA, measured on 2 CPU cores with jax 0.10: CPU seconds of the gradient against autodiff through all scores at
-# once (a form that this one replaced), at (P, G, S, T, H, K, E). One tile that keeps its weights: 0.57 at (16, 8, 16, 24,
-# 4, 2, 16), 0.78 at (8, 8, 32, 32, 4, 2, 32), 0.91 at (8, 8, 64, 64, 4, 2, 32), 0.80 at (2, 8, 512, 64, 4, 2, 32), where
-# computing the weights again takes 0.7, 0.85, 1.1, 0.83. Tiles of 128: 0.51 at (1, 4, 64, 512, 4, 2, 64), 0.44 at
-# (2, 8, 512, 512, 8, 4, 64); tiles of 64 are as fast, 16 tiles keep compile times bearable. Causal attention without a
-# prompt: 0.9 to 1.1 for T = 16 to 64, 0.74 at 128, 0.43 at 512.
+# Plain XLA, measured on 2 CPU cores, jax 0.10: CPU seconds of the gradient against autodiff through all scores at once
+# (the form that this one replaced), at (P, G, S, T, H, K, E). One tile that keeps its weights takes 0.57 at
+# (16, 8, 16, 24, 4, 2, 16), 0.78 at (8, 8, 32, 32, 4, 2, 32), 0.91 at (8, 8, 64, 64, 4, 2, 32) and 0.80 at
+# (2, 8, 512, 64, 4, 2, 32); computing the weights again takes 0.7, 0.85, 1.1 and 0.83. Tiles of 128 take 0.51 at
+# (1, 4, 64, 512, 4, 2, 64) and 0.44 at (2, 8, 512, 512, 8, 4, 64); tiles of 64 are as fast. No more than 16 tiles: they
+# are unrolled. Without a prompt: 0.9 to 1.1 for T = 16 to 64, 0.74 at 128, 0.43 at 512.
 QUERY_TILE = 128
 QUERY_TILES = 16
 KEPT_WEIGHTS = 1 << 22
@@ -79,7 +79,7 @@ def power_of_two(size: int) -> int:
 
 
 def at_once(rows: int) -> int:
-    """How many of the rows that add to one block a program takes: one on a TPU, where the programs follow each other."""
+    """How many of the rows that add to one block a program takes: one on a TPU, where programs follow each other."""
     return 1 if dispatch.platform() == "tpu" else rows
 
 
@@ -104,5 +104,5 @@ def check_fits(tokens: int, positions: int, head_size: int, dtype: DTypeLike) ->
       ValueError: they cannot.
     """
     if not fits(tokens, positions, head_size, dtype):
-        raise ValueError(f"prefix_attention's kernels hold whole rows in {VMEM_BYTES >> 20} MiB of VMEM: T = {tokens} and "
-                         f"S = {positions} with E = {head_size} do not fit; allowed are None and 'xla'.")
+        raise ValueError(f"prefix_attention's kernels hold whole rows in {VMEM_BYTES >> 20} MiB of VMEM: T = {tokens} "
+                         f"and S = {positions} with E = {head_size} do not fit; allowed are None and 'xla'.")

@@ -90,7 +90,7 @@ def product(a: Array, b: Array, a_axis: int, b_axis: int) -> Float32[Array, "...
 
 def loop_bounds(table: Any, row: Scalar) -> tuple[Array, Array]:
     """(first tile, behind the last) of one row of `tiles.ranges`."""
-    return table[2 * row], table[2 * row + 1]
+    return table[0, 2 * row], table[0, 2 * row + 1]
 
 
 def _body(near, far, query, key, value, prompt_key, prompt_value, sees, out, log_total, *, options, tile):
@@ -109,11 +109,13 @@ def _body(near, far, query, key, value, prompt_key, prompt_value, sees, out, log
 
     def add_prompt(j, seen):
         at = tiles.at(j, tile.prompt)
-        return add(seen, prompt_key[at, :], prompt_value[:, at], sees_prompt(row_of, j * tile.prompt, 0, (tile.prompt, tile.own)))
+        visible = sees_prompt(row_of, j * tile.prompt, 0, (tile.prompt, tile.own))
+        return add(seen, prompt_key[at, :], prompt_value[:, at], visible)
 
     def add_own(j, seen):
         at = tiles.at(j, tile.own)
-        return add(seen, key[at, :], value[:, at], sees_own(row_of, j * tile.own, i * tile.own, (tile.own, tile.own)))
+        visible = sees_own(row_of, j * tile.own, i * tile.own, (tile.own, tile.own))
+        return add(seen, key[at, :], value[:, at], visible)
 
     every = lambda number: jnp.full((1, tile.own), number, jnp.float32)
     seen = every(NEVER / 2), every(0), jnp.zeros((size, tile.own), jnp.float32)

@@ -64,12 +64,15 @@ def _meet(first: Int32[Array, "P G T"], stop: Int32[Array, "P G T"], query_tile:
     return (low[..., None] < start + key_tile) & (start < high[..., None])
 
 
-def ranges(meet: Bool[Array, "P G I J"]) -> Int32[Array, " M"]:
-    """From the first to behind the last j that meets each i: two numbers at 2 ((p G + g) I + i)."""
+def ranges(meet: Bool[Array, "P G I J"]) -> Int32[Array, "1 M"]:
+    """From the first to behind the last j that meets each i: two numbers at 2 ((p G + g) I + i).
+
+    The axis of length 1 keeps a `vmap` over the kernel legal on a TPU.
+    """
     low = jnp.argmax(meet, axis=3)
     high = meet.shape[3] - jnp.argmax(meet[..., ::-1], axis=3)
     both = jnp.stack([low, high], axis=3)
-    return jnp.where(meet.any(axis=3)[..., None], both, 0).astype(jnp.int32).reshape(-1)
+    return jnp.where(meet.any(axis=3)[..., None], both, 0).astype(jnp.int32).reshape(1, -1)
 
 
 def table() -> pl.BlockSpec:

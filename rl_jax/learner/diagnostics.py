@@ -1,52 +1,17 @@
-"""What every run reports about a batch, whatever the recipe."""
-import dataclasses
+"""What every run reports about the samples of a batch, and metrics of parts and steps as one.
+
+What it reports about the policy, `policy_gate` finds beside the loss.
+"""
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from kernels_pallas.policy_gate.reference import MAXIMA, MINIMA
 from rl_jax import masked
-from rl_jax.recipe import Recipe
-from rl_jax.types import Evaluated, Experience
+from rl_jax.types import Experience
 
 Metrics = dict[str, Float[Array, ""]]
-
-
-def of_policy(recipe: Recipe, policy: Evaluated, x: Experience, share: Float[Array, "N T"]) -> Metrics:
-    """Entropy, ratio extremes, clip share and KL estimates; extremes apart, those of parts of a batch add up.
-
-    `policy/clip_share` is the share of tokens with credit whose loss has no gradient in their
-    log-probability: what any gate holds back. KL to the reference is k3, in nats per token. The gap
-    is that between sampler and trainer, on the tokens drawn in this step.
-    """
-    policy = jax.lax.stop_gradient(policy)
-    metrics = {"policy/entropy": masked.total(policy.entropy * share, x.mask)}
-    if recipe.rollout is not None:
-        change = jnp.where(x.mask, policy.logp - x.rollout_logp, 0.0)
-        ratio = jnp.exp(jnp.clip(change, -20, 20))
-        metrics |= {
-            "rollout/logp_gap_nats": jnp.where(x.fresh, jnp.abs(change), 0.0).max(),
-            "policy/kl_rollout": masked.total((ratio - 1 - change) * share, x.mask),
-            "policy/ratio_max": jnp.where(x.mask, ratio, 0.0).max(),
-            "policy/ratio_min": jnp.where(x.mask, ratio, jnp.inf).min(),
-        }
-    if recipe.rollout is not None and "advantage" in x.given:
-        held = (_sensitivity(recipe, policy, x) == 0) & (x.given["advantage"] != 0)
-        metrics["policy/clip_share"] = masked.total(held * share, x.mask)
-    if "reference_logp" in x.given:
-        away = jnp.where(x.mask, x.given["reference_logp"] - policy.logp, 0.0)
-        metrics["policy/kl_reference"] = masked.total((jnp.exp(jnp.clip(away, -20, 20)) - 1 - away) * share, x.mask)
-    return metrics
-
-
-def _sensitivity(recipe: Recipe, policy: Evaluated, x: Experience) -> Float[Array, "N T"]:
-    def total(logp):
-        out = recipe.loss(dataclasses.replace(policy, logp=jnp.where(x.mask, logp, 0.0)), x)
-        terms = out[0] if isinstance(out, tuple) else out
-        return sum(jnp.where(x.mask, loss, 0.0).sum() for loss in jax.tree.leaves(terms))
-
-    return jax.grad(total)(policy.logp)
 
 
 def of_samples(x: Experience, given: Bool[Array, " N"] | None = None) -> Metrics:
@@ -75,10 +40,6 @@ def of_samples(x: Experience, given: Bool[Array, " N"] | None = None) -> Metrics
         "rollout/entropy": masked.mean(x.rollout_entropy, tokens),
         **{f"reward/{name}": read(values) for name, values in x.parts.items()},
     }
-
-
-MAXIMA = ("policy/ratio_max", "rollout/logp_gap_nats")
-MINIMA = ("policy/ratio_min",)
 
 
 def joined(metrics: Any) -> Metrics:

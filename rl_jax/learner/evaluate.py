@@ -37,7 +37,7 @@ def make_evaluate(network: Network, temperature: float, *, implementation: str |
 
 
 def make_objective(recipe: Recipe, network: Network, temperature: float) -> update.Objective:
-    """`update.make_objective(recipe, make_evaluate(network, temperature))`, in one sweep over the logits where that is faster.
+    """`update.make_objective` of `make_evaluate`, in one sweep over the logits where that is faster.
 
     Args:
       temperature: of the rollout; greater than 0.

@@ -1,4 +1,4 @@
-"""A recipe's loss slot as a gate of named arrays: what `policy_gate` and its kernels run, in whole or block by block."""
+"""A recipe's loss slot as a gate of named arrays: what `policy_gate` and its kernels run."""
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -28,12 +28,14 @@ class Slot(NamedTuple):
       gate: (policy, given) -> terms or (terms, extras).
       given: the fields of x that it reads, and those that diagnostics read, by name: per token [N, T], per sequence
         [N, 1], one for all [].
+      terms: the names of its terms; None if it has one without a name.
       closed: it reads nothing else. One that closes over arrays (its author's, or what a memory keeps of every
         example) runs on whole batches and in no kernel.
     """
 
     gate: Callable[[dict[str, Array], dict[str, Array]], Any]
     given: dict[str, Array]
+    terms: list[str] | None
     closed: bool
 
 
@@ -41,9 +43,10 @@ def of_recipe(recipe: Recipe, policy: Evaluated, x: Experience) -> Slot:
     """The loss slot of a recipe for this batch; of the policy only the shapes are read."""
     paths, treedef = jax.tree.flatten_with_path(dataclasses.replace(x, prompts=None, support=None))
     leaves = {_name(path, recipe): leaf for path, leaf in paths}
-    loss = jax.make_jaxpr(lambda leaves, policy: recipe.loss(policy, treedef.unflatten(leaves)))
-    closed = loss(list(leaves.values()), policy)
-    needed = trace._needed(closed.jaxpr, closed.jaxpr.outvars)
+    trace_loss = jax.make_jaxpr(lambda leaves, policy: recipe.loss(policy, treedef.unflatten(leaves)), return_shape=True)
+    closed, out = trace_loss(list(leaves.values()), policy)
+    terms = out[0] if isinstance(out, tuple) else out
+    needed = trace.needed(closed.jaxpr, closed.jaxpr.outvars)
     read = {name: leaf for (name, leaf), one in zip(leaves.items(), closed.jaxpr.invars, strict=False)
             if (one in needed or name in DIAGNOSED["given"]) and name != "mask"}
     ranks = {name: leaf.ndim for name, leaf in read.items() if leaf.shape in (x.mask.shape, x.mask.shape[:1], ())}
@@ -56,7 +59,8 @@ def of_recipe(recipe: Recipe, policy: Evaluated, x: Experience) -> Slot:
         return recipe.loss(Evaluated(**{name: policy.get(name) for name in SAID}), part)
 
     given = {name: read[name][:, None] if rank == 1 else read[name] for name, rank in ranks.items()}
-    return Slot(gate, given, closed=not others and not trace._consts(closed))
+    return Slot(gate, given, sorted(terms) if isinstance(terms, dict) else None,
+                closed=not others and not trace.consts(closed))
 
 
 def said(policy: Evaluated) -> dict[str, Array]:
@@ -72,6 +76,7 @@ def gated(recipe: Recipe, policy: Evaluated, x: Experience, weight: Any, share: 
       share: weights of means over the chosen tokens of the whole batch.
     """
     slot = of_recipe(recipe, policy, x)
+    weight = _weight(recipe, slot, weight)
     run = functools.partial(policy_gate, level=None) if slot.closed else reference.policy_gate
     return run(slot.gate, said(policy), slot.given, x.mask, weight, share)
 
@@ -87,13 +92,22 @@ def of_head(recipe: Recipe, head: Head, values: Float[Array, "N T"] | None, x: E
     """
     nothing = jnp.zeros(x.mask.shape, jnp.float32)
     slot = of_recipe(recipe, Evaluated(logp=nothing, entropy=nothing, values=values), x)
-    batch = Batch({} if values is None else {"values": values}, slot.given, x.mask, weight, share)
+    said_too = {} if values is None else {"values": values}
+    batch = Batch(said_too, slot.given, x.mask, _weight(recipe, slot, weight), share)
     if slot.closed:
         return linear_policy_loss(slot.gate, head, batch)
     logp, entropy = linear_logprob(head.hidden, head.vocabulary, head.targets, temperature=head.temperature,
                                    support=head.support)
     found = {"logp": logp.reshape(x.mask.shape), "entropy": entropy.reshape(x.mask.shape)}
     return reference.policy_gate(slot.gate, {**batch.policy, **found}, *batch[1:])
+
+
+def _weight(recipe: Recipe, slot: Slot, weight: Any) -> Any:
+    named = sorted(weight) if isinstance(weight, dict) else None
+    if slot.terms != named:
+        raise ValueError(f"recipe {recipe.name!r}: the loss slot has the terms {slot.terms or 'of no name'} and the "
+                         f"weighting slot weights for {named or 'no name'}: both must name the same.")
+    return jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bool_ else a, weight)
 
 
 def with_metrics(found: Gated) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:

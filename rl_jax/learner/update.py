@@ -91,8 +91,8 @@ def make_gradient(recipe: Recipe, evaluate: Evaluate, microbatches: int = 1,
     scaling = recipe.schedule.step_scale
     pieces = microbatches if scaling is None else math.lcm(microbatches, scaling.pieces)
     if pieces > 1 and recipe.indivisible:
-        raise ValueError(f"recipe {recipe.name!r} compares all groups of a batch in its loss, so the batch cannot be cut "
-                         f"into {pieces} pieces: set scale.microbatches=1.")
+        raise ValueError(f"recipe {recipe.name!r} compares all groups of a batch in its loss, so the batch cannot be "
+                         f"cut into {pieces} pieces: set scale.microbatches=1.")
 
     def one(parameters, part, coefficients):
         x, weight, share = part

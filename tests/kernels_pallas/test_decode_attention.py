@@ -311,8 +311,9 @@ def test_tiles_behind_the_length_do_no_work(monkeypatch, cut):
 
     def poisoned(cache):
         lengths = jnp.full_like(cache.lengths, 10).at[..., 0].set(48)
-        behind = (jnp.arange(48) >= jnp.where(lengths == 48, 48, 16)[..., None])[..., None, :, None]
         clean = cache._replace(lengths=lengths)
+        visible_tiles = cache._replace(lengths=jnp.where(lengths == 48, 48, 16))
+        behind = ~reference.seen(visible_tiles)[..., None, :, None]
         return clean, clean._replace(key=jnp.where(behind, jnp.nan, cache.key),
                                      value=jnp.where(behind, jnp.nan, cache.value))
 

@@ -11,7 +11,7 @@ import pytest
 
 from kernels_pallas.policy_gate import blocks, portable
 from kernels_pallas.policy_gate.op import policy_gate, staged_gate
-from rl_jax.learner import assemble, diagnostics, update
+from rl_jax.learner import assemble, update
 from rl_jax.loss import (bounds, budget, divergence, entropy, fiber, gate, likelihood, ratio, reject, score, value,
                          variance)
 from rl_jax.recipes.baselines import grpo
@@ -211,14 +211,15 @@ def test_contract(family, implementation):
 def _loops(logp, batch: Batch):
     """Oracle: GRPO's loss, its sums and extremes in loops over Python floats (float64), from the formulas alone."""
     given = {name: np.asarray(x, float) for name, x in batch.given.items()}
+    weight, shares_of, logp = (np.asarray(x, float) for x in (batch.weight, batch.share, logp))
     loss, shares, gaps, ratios, kl_rollout, kl_reference = [], [], [0.0], [], [], []
     for i, t in zip(*np.nonzero(np.asarray(batch.mask)), strict=True):
-        change = float(logp[i, t]) - given["rollout_logp"][i, t]
-        r, credit, share = math.exp(change), given["advantage"][i, t], float(batch.share[i, t])
+        change = logp[i, t] - given["rollout_logp"][i, t]
+        r, credit, share = math.exp(change), given["advantage"][i, t], shares_of[i, t]
         clipped = min(r * credit, min(max(r, 0.8), 1.28) * credit)
-        away = given["reference_logp"][i, t] - float(logp[i, t])
+        away = given["reference_logp"][i, t] - logp[i, t]
         penalty = math.exp(away) - away - 1
-        loss.append(float(batch.weight[i, t]) * (-clipped + 0.04 * penalty))
+        loss.append(weight[i, t] * (-clipped + 0.04 * penalty))
         slope = (-r * credit if clipped == r * credit else 0.0) + 0.04 * (1 - math.exp(away))
         shares.append(share * (slope == 0 and credit != 0))
         gaps.append(abs(change) * given["fresh"][i, t])
@@ -279,6 +280,17 @@ def test_what_is_hidden_does_not_say_that_its_row_learns():
         np.testing.assert_allclose(call(*batch).diagnostics["policy/clip_share"], 1.0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_gate_that_forgets_the_mask_gives_hidden_tokens_no_gradient(implementation):
+    batch = _batch(2, 20)
+    forgetful = lambda policy, given: jnp.broadcast_to(policy["logp"].sum(axis=1, keepdims=True), given["mask"].shape)
+    gradient = jax.jit(jax.grad(lambda policy: policy_gate(forgetful, policy, *batch[1:], level="row",
+                                                           implementation=implementation).loss))(batch.policy)
+    expected = jnp.where(batch.mask, jnp.where(batch.mask, batch.weight, 0.0).sum(axis=1, keepdims=True), 0.0)
+    np.testing.assert_allclose(gradient["logp"], expected, rtol=1e-5)
+    assert (np.asarray(gradient["logp"])[~np.asarray(batch.mask)] == 0).all()
+
+
 RECIPES = {"grpo": (grpo.grpo, "token"), "sapo": (sapo_soft_gate.sapo_soft_gate, "token"),
            "gspo": (gspo.gspo, "row"), "fiberpo": (fiberpo.fiberpo, "row")}
 
@@ -292,18 +304,38 @@ def _experience(recipe, batch: Batch, rows: int):
     return assemble.with_advantage(recipe, x), Evaluated(logp=batch.policy["logp"], entropy=batch.policy["entropy"])
 
 
-def _learner(recipe, x, policy, weight, share):
-    """Loss, metrics and gradient as the learner has them on whole arrays."""
-    def loss(policy):
-        total, extras = update.weighted_loss(recipe, policy, x, weight, share)
-        return total, {**extras, **diagnostics.of_policy(recipe, policy, x, share)}
+def _on_whole_arrays(recipe, x, policy, weight, share):
+    """Loss, metrics and gradient of a recipe's loss slot, written out once more on whole arrays."""
+    def loss_of(policy):
+        hidden = jax.tree.map(lambda a: jnp.where(x.mask, a, 0.0), policy)
+        return recipe.loss(hidden, x)
 
-    (total, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(policy)
-    return total, metrics, {"logp": gradient.logp, "entropy": gradient.entropy}
+    def total(policy):
+        out = loss_of(policy)
+        terms, extras = out if isinstance(out, tuple) else (out, {})
+        extras = {name: (jnp.where(x.mask, value, 0.0) * share).sum() for name, value in extras.items()}
+        return (jnp.where(x.mask, terms, 0.0) * weight).sum(), extras
+
+    def unweighted(policy):
+        out = loss_of(policy)
+        return jnp.where(x.mask, out[0] if isinstance(out, tuple) else out, 0.0).sum()
+
+    (loss, extras), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(policy)
+    k3 = lambda log: (jnp.where(x.mask, jnp.exp(log) - 1 - log, 0.0) * share).sum()
+    change = jnp.where(x.mask, policy.logp - x.rollout_logp, 0.0)
+    held = (jax.jit(jax.grad(unweighted))(policy).logp == 0) & (x.advantage != 0)
+    metrics = {
+        **extras, "policy/entropy": (jnp.where(x.mask, policy.entropy, 0.0) * share).sum(),
+        "policy/kl_rollout": k3(change), "rollout/logp_gap_nats": jnp.where(x.fresh, jnp.abs(change), 0.0).max(),
+        "policy/ratio_max": jnp.where(x.mask, jnp.exp(change), 0.0).max(),
+        "policy/ratio_min": jnp.where(x.mask, jnp.exp(change), jnp.inf).min(),
+        "policy/clip_share": (held * share).sum(),
+        "policy/kl_reference": k3(x.reference_logp - policy.logp)}
+    return loss, metrics, {"logp": gradient.logp, "entropy": gradient.entropy}
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipes_have_the_learners_loss_and_metrics(name):
+def test_recipes_have_the_loss_and_metrics_of_whole_arrays(name):
     factory, level = RECIPES[name]
     recipe, batch = factory(), _batch(8, 140, seed=1)
     x, policy = _experience(recipe, batch, 8)
@@ -317,7 +349,7 @@ def test_recipes_have_the_learners_loss_and_metrics(name):
                             weight, share, level=level, implementation=implementation)
         return gated.loss, {**gated.extras, **gated.diagnostics}
 
-    expected = _learner(recipe, x, policy, weight, share)
+    expected = _on_whole_arrays(recipe, x, policy, weight, share)
     for implementation in IMPLEMENTATIONS if name == "grpo" else ("pallas",):
         run = jax.jit(jax.value_and_grad(functools.partial(loss, implementation), has_aux=True))
         (total, metrics), gradient = run({"logp": policy.logp, "entropy": policy.entropy})
@@ -420,12 +452,32 @@ def test_stages_have_the_loss_and_metrics_of_the_whole(name):
         (total, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(arrays)
         return (total, metrics, gradient), loss(arrays) if name == "gspo" else (total, metrics)
 
-    expected = _learner(recipe, x, policy, weight, share)
+    expected = _on_whole_arrays(recipe, x, policy, weight, share)
     assert name != "gspo" or 0 < expected[1]["policy/clip_share"] < 1
     for implementation in IMPLEMENTATIONS if name == "gspo" else PASSES:
         found, values = run(implementation, x, arrays)
         _same(found, expected, relative=2e-5)
         _same(values, expected[:2], relative=2e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_stages_sum_over_chosen_tokens_only(implementation):
+    """The mean of the ratios of a row's chosen tokens, whose derivative is ratio / number: 1 is not 0 when hidden."""
+    batch = _batch(3, 140)
+    batch = batch._replace(mask=batch.mask.at[1, :3].set(True))
+    statistics = lambda policy, given: {"ratio": _per_token(policy, given)}
+    combine = lambda sums, rows: {"mean": sums["ratio"] / rows["chosen"] * rows["high"]}
+    loss = lambda policy: staged_gate(
+        statistics, combine, lambda policy, given: policy["mean"] * given["advantage"], policy, batch.given, batch.mask,
+        weight=batch.weight, share=batch.share, implementation=implementation).loss
+    mask, credit, weight, high = (np.asarray(x, float) for x in (
+        batch.mask, batch.given["advantage"], batch.weight, batch.given["high"]))
+    ratios = mask * np.exp(np.asarray(batch.policy["logp"], float) - np.asarray(batch.given["rollout_logp"], float))
+    means = ratios.sum(axis=1, keepdims=True) / mask.sum(axis=1, keepdims=True) * high
+    taught = (mask * credit * weight).sum(axis=1, keepdims=True) * high / mask.sum(axis=1, keepdims=True)
+    found, gradient = jax.jit(jax.value_and_grad(loss))(batch.policy)
+    np.testing.assert_allclose(found, (mask * means * credit * weight).sum(), rtol=1e-5)
+    np.testing.assert_allclose(gradient["logp"], taught * ratios, rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("implementation", PASSES)

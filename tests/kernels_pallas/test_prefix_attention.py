@@ -35,10 +35,15 @@ def _small_blocks(monkeypatch):
     monkeypatch.setattr(blocks, "GPU_TILE", 16)
 
 
-def arrays(dtype=jnp.float32, seed=0, p=P, g=G, s=S, t=T, h=H, k=K, e=E):
-    random = np.random.default_rng(seed)
-    shapes = (p * g, t, h, e), (p * g, t, k, e), (p * g, t, k, e), (p, s, k, e), (p, s, k, e)
-    return tuple(jnp.asarray(random.normal(size=shape), dtype) for shape in shapes)
+def shapes(dtype=jnp.float32, p=P, g=G, s=S, t=T, h=H, k=K, e=E):
+    """Of query, key, value, prompt_key and prompt_value."""
+    sizes = (p * g, t, h, e), (p * g, t, k, e), (p * g, t, k, e), (p, s, k, e), (p, s, k, e)
+    return tuple(jax.ShapeDtypeStruct(size, dtype) for size in sizes)
+
+
+def arrays(dtype=jnp.float32, **sizes):
+    random = np.random.default_rng(0)
+    return tuple(jnp.asarray(random.normal(size=x.shape), dtype) for x in shapes(**sizes))
 
 
 def oracle(query, key, value, prompt_key, prompt_value, seen):
@@ -269,7 +274,7 @@ def test_it_is_a_kernel_that_runs():
 
 
 def _temporaries_and_flops(implementation, differentiate):
-    given = jax.eval_shape(lambda: arrays(p=1, g=2, s=64, t=1024, h=2, k=1, e=32))
+    given = shapes(p=1, g=2, s=64, t=1024, h=2, k=1, e=32)
     loss = lambda *x: (prefix_attention(*x[:5], Seen(jnp.array([64])), implementation) * x[5]).sum()
     run = jax.grad(loss, (0, 1, 2, 3, 4)) if differentiate else loss
     compiled = jax.jit(run).lower(*given, given[0]).compile()
@@ -289,10 +294,9 @@ MODELS = {"Qwen3-0.6B": (16, 8, 128), "Qwen3-4B and Llama-3.1-8B": (32, 8, 128),
           "Qwen2.5-0.5B": (14, 2, 64)}
 
 
-def _shapes(h, k, e, dtype, g=8, s=1024, t=1024):
-    given = jax.eval_shape(lambda: arrays(dtype, p=2, g=g, s=s, t=t, h=h, k=k, e=e))
-    prompt, lengths = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (2, 2 * g))
-    return *given, prompt, lengths
+def _model_shapes(h, k, e, dtype, g=8, s=1024, t=1024):
+    numbers = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (2, 2 * g))
+    return *shapes(dtype, p=2, g=g, s=s, t=t, h=h, k=k, e=e), *numbers
 
 
 @pytest.fixture
@@ -312,7 +316,7 @@ def test_lowering(real_blocks, model, dtype, platform):
         return out.astype(jnp.float32).sum(), out
 
     both = jax.value_and_grad(loss, (0, 1, 2, 3, 4), has_aux=True)
-    contract.check_lowering(platform, both, *_shapes(*MODELS[model], dtype))
+    contract.check_lowering(platform, both, *_model_shapes(*MODELS[model], dtype))
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
@@ -321,15 +325,15 @@ def test_lowering_of_packed_rows_of_odd_sizes_under_vmap(real_blocks, platform):
         seen = Seen(prompt, segment=segment)
         return prefix_attention(query, key, value, prompt_key, prompt_value, seen).astype(jnp.float32).sum()
 
-    *given, prompt, _ = _shapes(6, 2, 80, jnp.bfloat16, g=3, s=5, t=300)
-    shapes = (*given, prompt, jax.ShapeDtypeStruct((6, 300), jnp.int32))
-    several = tuple(jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in shapes)
+    *given, prompt, _ = _model_shapes(6, 2, 80, jnp.bfloat16, g=3, s=5, t=300)
+    one = (*given, prompt, jax.ShapeDtypeStruct((6, 300), jnp.int32))
+    several = tuple(jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in one)
     contract.check_lowering(platform, jax.vmap(jax.grad(loss, (0, 1, 2, 3, 4))), *several)
 
 
 def test_what_does_not_fit_a_tpu_runs_in_xla_or_is_refused(real_blocks):
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=contract.DEVICES["tpu"])
-    *given, prompt, lengths = _shapes(16, 8, 128, jnp.bfloat16, s=8192, t=8192)
+    *given, prompt, lengths = _model_shapes(16, 8, 128, jnp.bfloat16, s=8192, t=8192)
     with jax.sharding.use_abstract_mesh(mesh):
         assert blocks.best(4096, 4096, 128, jnp.bfloat16) == "pallas"
         assert blocks.best(8192, 8192, 128, jnp.bfloat16) == "xla"
