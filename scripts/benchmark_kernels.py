@@ -14,6 +14,8 @@ from kernels_pallas.decode_attention.op import decode_attention
 from kernels_pallas.decode_attention.reference import Cache
 from kernels_pallas.discounted_scan.op import discounted_scan
 from kernels_pallas.linear_logprob.op import linear_logprob
+from kernels_pallas.linear_policy_loss.op import linear_policy_loss
+from kernels_pallas.linear_policy_loss.reference import Batch, Head
 from kernels_pallas.policy_gate.op import policy_gate
 from kernels_pallas.prefix_attention.op import prefix_attention
 from kernels_pallas.prefix_attention.visibility import Seen
@@ -35,6 +37,7 @@ class Sizes:
       square: side of the matrix product that gives the device's rate.
       copied: float32 numbers of the addition that gives the device's rate of copying.
       linear: (M, V, D) of linear_logprob.
+      loss: the same of linear_policy_loss, from hidden states to a loss.
       heads: query heads, key heads, head size.
       prefix, decode: (P, G, S, T).
       gate, scan: (N, T).
@@ -46,6 +49,7 @@ class Sizes:
     square: int
     copied: int
     linear: tuple[tuple[int, int, int], ...]
+    loss: tuple[tuple[int, int, int], ...]
     heads: tuple[int, int, int]
     prefix: tuple[tuple[int, int, int, int], ...]
     decode: tuple[tuple[int, int, int, int], ...]
@@ -58,12 +62,13 @@ QWEN3_HEADS = 16, 8, 128  # of Qwen3-0.6B
 MEMORY = (512, 2048, 8192), (32768, 151936), 1024
 ACCELERATOR = Sizes(
     "bfloat16", (None, "pallas", "xla", "reference"), square=8192, copied=1 << 28, linear=((8192, 151936, 2048),),
-    heads=QWEN3_HEADS, prefix=((4, 8, 1024, 1024), (4, 8, 4096, 1024)),
+    loss=((8192, 151936, 2048),), heads=QWEN3_HEADS, prefix=((4, 8, 1024, 1024), (4, 8, 4096, 1024)),
     decode=((16, 16, 4096, 1024), (16, 16, 4096, 2048), (16, 16, 4096, 4096)), gate=((512, 4096),),
     scan=((512, 4096),), memory=MEMORY)
 SIZES = {
     "cpu": Sizes(
-        "float32", (None, "reference"), square=2048, copied=1 << 22, linear=((2048, 32768, 1024),), heads=QWEN3_HEADS,
+        "float32", (None, "reference"), square=2048, copied=1 << 22, linear=((2048, 32768, 1024),),
+        loss=((16384, 64, 128), (8192, 1024, 128), (4096, 4096, 256)), heads=QWEN3_HEADS,
         prefix=((2, 4, 128, 128), (2, 4, 512, 128)), decode=((4, 8, 1024, 64), (4, 8, 1024, 256)), gate=((512, 2048),),
         scan=((256, 64), (512, 2048)), memory=MEMORY),
     "gpu": ACCELERATOR,
@@ -198,15 +203,16 @@ def _with_gradient(case: Case, function: Callable[..., Any]) -> Callable[..., An
 
 def cases(sizes: Sizes, wanted: Wanted) -> Iterator[Case]:
     """Every op at every size, its arrays made when its turn comes."""
-    for op, shapes in ((_linear_logprob, sizes.linear), (_prefix_attention, sizes.prefix),
-                       (_decode_attention, sizes.decode), (_policy_gate, sizes.gate), (_discounted_scan, sizes.scan)):
+    for op, shapes in (
+            (_linear_logprob, sizes.linear), (_linear_policy_loss, sizes.loss), (_prefix_attention, sizes.prefix),
+            (_decode_attention, sizes.decode), (_policy_gate, sizes.gate), (_discounted_scan, sizes.scan)):
         for shape in shapes:
             if wanted(f"{op.__name__.strip('_')} {_named(op, shape)}"):
                 yield op(sizes, *shape)
 
 
-AXES = {"_linear_logprob": "MVD", "_prefix_attention": "PGST", "_decode_attention": "PGST", "_policy_gate": "NT",
-        "_discounted_scan": "NT"}
+AXES = {"_linear_logprob": "MVD", "_linear_policy_loss": "MVD", "_prefix_attention": "PGST",
+        "_decode_attention": "PGST", "_policy_gate": "NT", "_discounted_scan": "NT"}
 
 
 def _named(op: Callable, shape: tuple[int, ...]) -> str:
@@ -284,6 +290,23 @@ def _policy_gate(sizes: Sizes, n: int, t: int) -> Case:
     numbers = n * t  # two of the policy, three given, weight and share in float32, a byte of the mask
     return Case("policy_gate", _named(_policy_gate, (n, t)), "float32", sides, "copy",
                 (29 * numbers, 33 * numbers), (0,), loss=lambda gated: gated.loss)
+
+
+def _linear_policy_loss(sizes: Sizes, m: int, v: int, d: int) -> Case:
+    logp = -jnp.abs(_normal(0, (1, m)))
+    given = {name: logp + 0.1 * _normal(seed, (1, m)) for seed, name in ((1, "rollout_logp"), (2, "reference_logp"))}
+    batch = Batch({}, {**given, "advantage": _normal(3, (1, m))}, jnp.ones((1, m), bool), *jnp.full((2, 1, m), 1 / m))
+    targets = jax.random.randint(jax.random.key(2), (m,), 0, v)
+
+    def op(hidden, vocabulary, implementation):
+        return linear_policy_loss(_grpo_gate, Head(hidden, vocabulary, targets), batch, implementation=implementation)
+
+    arguments = _normal(0, (m, d), sizes.dtype), _normal(1, (v, d), sizes.dtype) * d**-0.5
+    sides = _sides(op, sizes, arguments)
+    sides |= {name: Side(functools.partial(op, implementation=name), arguments) for name in ("xla", "two_step")}
+    flops = 2 * m * v * d
+    return Case("linear_policy_loss", _named(_linear_policy_loss, (m, v, d)), sizes.dtype, sides, "matmul",
+                (flops, 3 * flops), (0, 1), loss=lambda gated: gated.loss)
 
 
 def _discounted_scan(sizes: Sizes, n: int, t: int) -> Case:

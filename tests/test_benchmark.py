@@ -14,9 +14,11 @@ import benchmark_prefix  # noqa: E402
 import benchmark_table  # noqa: E402
 
 KERNELS = dataclasses.replace(
-    benchmark_kernels.SIZES["cpu"], square=8, copied=64, linear=((16, 50, 8),), heads=(2, 1, 8), prefix=((2, 2, 5, 4),),
+    benchmark_kernels.SIZES["cpu"], square=8, copied=64, linear=((16, 50, 8),),
+    loss=((16, 50, 8),), heads=(2, 1, 8), prefix=((2, 2, 5, 4),),
     decode=((2, 2, 6, 4),), gate=((4, 8),), scan=((4, 8),), memory=((64,), (4096,), 8))
-OPS = {"linear_logprob": 4, "prefix_attention": 6, "decode_attention": 3, "policy_gate": 4, "discounted_scan": 4}
+OPS = {"linear_logprob": 4, "linear_policy_loss": 8, "prefix_attention": 6, "decode_attention": 3, "policy_gate": 4,
+       "discounted_scan": 4}
 
 
 @pytest.fixture(autouse=True)
