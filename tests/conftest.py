@@ -10,6 +10,27 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# What takes longest and repeats what a shorter test shows for one case: CI runs it with -m slow, beside the suite.
+SLOW = (
+    "tests/ends/test_notebooks.py::test_it_runs",
+    "tests/ends/test_configs.py::test_at_toy_size_it_runs_saves_and_resumes_bit_equal[configs/quickstart.py]",
+    "tests/ends/test_configs.py::test_at_toy_size_two_recipes_are_compared_once[configs/compare/chain.py]",
+    "tests/kernels_pallas/test_decode_attention.py::test_contract_in_bfloat16",
+    "tests/kernels_pallas/test_linear_logprob_sharded.py",
+    "tests/kernels_pallas/test_linear_statistics.py::test_contract[24",
+    "tests/kernels_pallas/test_linear_statistics.py::test_contract_at_the_real_block_sizes",
+    "tests/kernels_pallas/test_policy_gate.py::test_stages_have_the_loss_and_metrics_of_the_whole[fiberpo_domain]",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks what is in SLOW."""
+    for item in items:
+        if item.nodeid.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs_are_dropped():
     """Thousands of programs would hold gigabytes by the end of the suite."""

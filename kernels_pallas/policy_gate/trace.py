@@ -147,10 +147,10 @@ def _obstacle(equation: Any) -> str | None:
     turned = name in ("reshape", "squeeze", "expand_dims") and long(equation.invars[0].aval.shape) != long(out)
     if name not in ELEMENTWISE | SHAPES | REDUCTIONS or turned or len(out) > 2:
         return f"it uses {name!r} ({list(out)}), which cannot be in a kernel"
-    if len(out) == 2 and not (out[0] in (1, SIZES[0][0]) and out[1] in (1, SIZES[0][1])) or out == SIZES[0][1:]:
-        return "it compares rows or positions with each other, which may be in different blocks"
     if 0 in _lengths(equation):
         return "it reduces over rows, which are in different blocks: give its sums over a row to staged_gate"
+    if len(out) == 2 and not (out[0] in (1, SIZES[0][0]) and out[1] in (1, SIZES[0][1])) or out == SIZES[0][1:]:
+        return "it compares rows or positions with each other, which may be in different blocks"
     return None
 
 

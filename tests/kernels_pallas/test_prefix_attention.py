@@ -287,7 +287,7 @@ def test_long_rows_need_less_memory_and_skip_what_is_ahead(monkeypatch):
     for differentiate in False, True:
         memory, flops = _temporaries_and_flops("xla", differentiate)
         all_memory, all_flops = _temporaries_and_flops("reference", differentiate)
-        assert memory < 0.6 * all_memory and flops < 0.7 * all_flops
+        assert memory < 0.8 * all_memory and flops < 0.7 * all_flops
 
 
 MODELS = {"Qwen3-0.6B": (16, 8, 128), "Qwen3-4B and Llama-3.1-8B": (32, 8, 128), "Gemma-3-4B": (8, 4, 256),
