@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array
 
 # Calls, and the parameter that holds what is called. A derivative has been taken before anything is inlined.
@@ -22,10 +22,22 @@ def portable(of: Callable[..., Any]) -> Callable[..., Any]:
     return evaluated
 
 
+def needed(jaxpr: Jaxpr, wanted: list) -> set:
+    """The variables that the wanted ones depend on."""
+    found = {x for x in wanted if not isinstance(x, Literal)}
+    for equation in reversed(jaxpr.eqns):
+        if not found.isdisjoint(equation.outvars):
+            found |= {x for x in equation.invars if not isinstance(x, Literal)}
+    return found
+
+
 def _evaluated(closed: ClosedJaxpr, arguments: list) -> list:
     known = dict(zip((*closed.jaxpr.constvars, *closed.jaxpr.invars), (*closed.consts, *arguments), strict=True))
     read = lambda x: x.val if isinstance(x, Literal) else known[x]
+    used = needed(closed.jaxpr, closed.jaxpr.outvars)  # the rest might not lower
     for equation in closed.jaxpr.eqns:
+        if used.isdisjoint(equation.outvars):
+            continue
         primitive, values = equation.primitive, [read(x) for x in equation.invars]
         if primitive.name in INSTEAD:
             results = [INSTEAD[primitive.name](*values, equation.params)]

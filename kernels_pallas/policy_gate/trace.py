@@ -67,7 +67,7 @@ def function(of: Gate, name: str, policy: dict[str, Any], given: dict[str, Any])
     ends = [("policy", one) for one in sorted(policy)] + [("given", one) for one in sorted(given)]
 
     def read(where, wanted):
-        used = needed(jaxpr, wanted)
+        used = portable.needed(jaxpr, wanted)
         found = (end for end, x in zip(ends, jaxpr.invars, strict=True) if x in used)
         return frozenset(one for kind, one in found if kind == where)
 
@@ -114,15 +114,6 @@ def lean(of: Gate, traced: Traced, policy: dict[str, Any], given: dict[str, Any]
 def _shape(x: Any) -> jax.ShapeDtypeStruct:
     floating = jnp.issubdtype(x.dtype, jnp.floating)
     return jax.ShapeDtypeStruct(x.shape, reference.accumulator(x) if floating else x.dtype)
-
-
-def needed(jaxpr: Jaxpr, wanted: list) -> set:
-    """The variables that the wanted ones depend on."""
-    found = {x for x in wanted if not isinstance(x, Literal)}
-    for equation in reversed(jaxpr.eqns):
-        if not found.isdisjoint(equation.outvars):
-            found |= {x for x in equation.invars if not isinstance(x, Literal)}
-    return found
 
 
 def _operations(jaxpr: Jaxpr) -> Iterator[Any]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from kernels_pallas.linear_logprob.op import linear_logprob
 from kernels_pallas.linear_policy_loss.op import linear_policy_loss
 from kernels_pallas.linear_policy_loss.reference import Batch, Head
-from kernels_pallas.policy_gate import reference, trace
+from kernels_pallas.policy_gate import portable, reference, trace
 from kernels_pallas.policy_gate.op import DIAGNOSED, policy_gate
 from kernels_pallas.policy_gate.reference import Gated
 from rl_jax.recipe import Recipe
@@ -46,7 +46,7 @@ def of_recipe(recipe: Recipe, policy: Evaluated, x: Experience) -> Slot:
     trace_loss = jax.make_jaxpr(lambda leaves, policy: recipe.loss(policy, treedef.unflatten(leaves)), return_shape=True)
     closed, out = trace_loss(list(leaves.values()), policy)
     terms = out[0] if isinstance(out, tuple) else out
-    needed = trace.needed(closed.jaxpr, closed.jaxpr.outvars)
+    needed = portable.needed(closed.jaxpr, closed.jaxpr.outvars)
     read = {name: leaf for (name, leaf), one in zip(leaves.items(), closed.jaxpr.invars, strict=False)
             if (one in needed or name in DIAGNOSED["given"]) and name != "mask"}
     ranks = {name: leaf.ndim for name, leaf in read.items() if leaf.shape in (x.mask.shape, x.mask.shape[:1], ())}
@@ -55,7 +55,8 @@ def of_recipe(recipe: Recipe, policy: Evaluated, x: Experience) -> Slot:
     def gate(policy: dict[str, Array], given: dict[str, Array]) -> Any:
         fields = {name: given[name][:, 0] if rank == 1 else given[name] for name, rank in ranks.items()}
         fields |= {**others, "mask": given["mask"]}
-        part = treedef.unflatten([fields.get(name) for name in leaves])
+        part = treedef.unflatten([fields.get(name, _unread(leaf, x.mask.shape, given["mask"].shape))
+                                  for name, leaf in leaves.items()])
         return recipe.loss(Evaluated(**{name: policy.get(name) for name in SAID}), part)
 
     given = {name: read[name][:, None] if rank == 1 else read[name] for name, rank in ranks.items()}
@@ -114,6 +115,12 @@ def with_metrics(found: Gated) -> tuple[Float[Array, ""], dict[str, Float[Array,
     """The loss, and under the names of a run's metrics: the loss, its named terms, extras and diagnostics."""
     terms = {f"loss/{name}": value for name, value in found.terms.items()}
     return found.loss, {"loss/total": jax.lax.stop_gradient(found.loss), **terms, **found.extras, **found.diagnostics}
+
+
+def _unread(leaf: Array, whole: tuple[int, int], part: tuple[int, int]) -> Array:
+    """Something of the right shape in a part of the batch, for records that are checked when they are made."""
+    sizes = {whole: part, whole[:1]: part[:1]}
+    return jnp.zeros(sizes.get(leaf.shape, leaf.shape), leaf.dtype)
 
 
 def _name(path: tuple, recipe: Recipe) -> str:

@@ -12,6 +12,7 @@ import pytest
 from kernels_pallas.policy_gate import blocks, portable
 from kernels_pallas.policy_gate.op import policy_gate, staged_gate
 from rl_jax.learner import assemble, update
+from rl_jax.learner import gate as slots
 from rl_jax.loss import (bounds, budget, divergence, entropy, fiber, gate, likelihood, ratio, reject, score, value,
                          variance)
 from rl_jax.recipes.baselines import grpo
@@ -802,3 +803,18 @@ def test_bad_stages():
             ({"gated": lambda policy, given: policy["logp"] * batch.weight}, "closes over 'weight'|closes over")):
         with pytest.raises(ValueError, match=message):
             call(**options)
+
+
+@pytest.mark.parametrize("device", ["cuda", "tpu"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_loss_slots_of_recipes_lower(name, device):
+    """As the learner makes them: with a whole record of fields, most of which the slot does not read."""
+    recipe, batch = RECIPES[name][0](), _batch(8, 128)
+    x, policy = _experience(recipe, batch, 8)
+    slot = slots.of_recipe(recipe, policy, x)
+    weight, share = recipe.weighting(x), update.token_share(x)
+
+    def loss(said, given):
+        return policy_gate(slot.gate, said, given, x.mask, weight, share, level=None).loss
+
+    contract.check_lowering(device, jax.grad(loss), slots.said(policy), slot.given)
