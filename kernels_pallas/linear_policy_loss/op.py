@@ -41,7 +41,7 @@ def linear_policy_loss(gate: Gate, head: Head, batch: Batch, *,
     one = jax.ShapeDtypeStruct(batch.mask.shape, jnp.float32)
     policy = {**batch.policy, "logp": one, "entropy": one}
     traced = trace.function(gate, "gate", policy, {**batch.given, "mask": batch.mask})
-    best = blocks.best(head.vocabulary.shape[0], traced.level)
+    best = blocks.best(*head.vocabulary.shape, traced.level)
     run = dispatch.implementation("linear_policy_loss", implementation, best, {
         "reference": lambda: reference.linear_policy_loss(gate, head, batch),
         "xla": lambda: _one_sweep(gate, traced, policy, head, batch),
