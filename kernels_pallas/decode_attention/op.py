@@ -48,7 +48,8 @@ def _check(query: Array, own: Cache, prompt: Cache) -> None:
         expected = (*batch, k, positions, e)
         if cache.key.shape != expected or cache.value.shape != expected or cache.lengths.shape != batch:
             raise ValueError(f"query [*G, P, H, E] = {query.shape}: the {name} cache must have key and value "
-                             f"{expected} and lengths {batch}, not {cache.key.shape}, {cache.value.shape}, {cache.lengths.shape}.")
+                             f"{expected} and lengths {batch}, not {cache.key.shape}, {cache.value.shape} and "
+                             f"{cache.lengths.shape}.")
     if h % k:
         raise ValueError(f"{h} query heads, {k} key heads: the second must divide the first.")
 
