@@ -75,6 +75,7 @@ def test_sample_prints_completions_with_their_numbers(trained, run):
 
 def test_report_prints_its_path(trained, run):
     workdir, _ = trained
+    run("evaluate.py", f"--workdir={workdir}", "--problems=6", "--samples=4", "--ks=1,4")  # whatever ran before
     (workdir / "report.html").unlink()
     status, said = run("report.py", f"--workdir={workdir}")
     assert status == 0 and said.strip() == str(workdir / "report.html"), said
