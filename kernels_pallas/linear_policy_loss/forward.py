@@ -65,8 +65,12 @@ def one_sweep(gate: Gate, through: tuple[str, ...], soft_cap: int | float | None
     rows = moving["hidden"], constants.targets, constants.support, rest, constants.block._replace(given=per_row)
     shapes = jax.eval_shape(lambda: gated(rows[4], rest, *jnp.zeros((2, rows[0].shape[0]))))[0]
     start = _nothing_seen(shapes), jax.lax.full_like(vocabulary, 0, jnp.float32)
-    count = blocks.row_blocks(rows[0].shape[0], vocabulary.shape[0])
-    (total, d_vocabulary), gradients = linear_blocks.over_rows(one_block, start, rows, count)
+    size = rows[0].shape[0]
+    count = blocks.row_blocks(size, vocabulary.shape[0])
+    # Rows are filled up to equal shares with some whose mask is False: whatever their number, a share is small.
+    filled = jax.tree.map(lambda x: jnp.pad(x, [(0, -size % count)] + [(0, 0)] * (x.ndim - 1)), rows)
+    (total, d_vocabulary), gradients = linear_blocks.over_rows(one_block, start, filled, count)
+    gradients = {name: x[:size] for name, x in gradients.items()}
     return total, {**gradients, "vocabulary": d_vocabulary.astype(vocabulary.dtype)}
 
 

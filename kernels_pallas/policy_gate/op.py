@@ -22,9 +22,12 @@ def policy_gate(gate: Gate, policy: Policy, given: Given, mask: Mask, weight: We
     The gradient is made beside the values, by the vjp of the gate inside the kernel; differentiating only scales it.
     Without differentiation no gradient is made. What is behind the mask is never read and gets exactly 0.
 
-    Diagnostics are those of `learner.diagnostics.of_policy` that the names allow: "policy/entropy" with policy
-    "entropy"; "rollout/logp_gap_nats", "policy/kl_rollout", "policy/ratio_max" and "policy/ratio_min" with given
-    "rollout_logp", and "policy/clip_share" if there is "advantage", too; "policy/kl_reference" with "reference_logp".
+    Diagnostics, each where the arrays that it is made of are there (extremes apart, those of parts of a batch add up):
+    "policy/entropy", in nats, of policy "entropy"; with given "rollout_logp" the largest and smallest ratio to it
+    ("policy/ratio_max", "policy/ratio_min"), k3 to it in nats per token ("policy/kl_rollout") and the largest
+    difference of the two log-probabilities, among the tokens of given "fresh" ("rollout/logp_gap_nats"); with given
+    "advantage" as well "policy/clip_share", the share of tokens with credit whose terms have no gradient in their
+    log-probability: what any gate holds back; with given "reference_logp" k3 to it ("policy/kl_reference").
 
     Args:
       gate: (policy, given) -> terms or (terms, extras), an ordinary function of blocks: terms are one [n, t] or a dict

@@ -24,7 +24,7 @@ class Gated(NamedTuple):
       loss: sum over terms and chosen tokens of term * weight.
       terms: the same per named term; empty where the gate returns one array.
       extras: the gate's extras, as sums of extra * share over chosen tokens.
-      diagnostics: by the names that `learner.diagnostics.of_policy` gives them.
+      diagnostics: what `policy_gate` says of the policy, by name.
     """
 
     loss: Number

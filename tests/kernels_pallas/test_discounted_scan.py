@@ -14,12 +14,6 @@ from kernels_pallas.discounted_scan.op import discounted_scan
 IMPLEMENTATIONS = "reference", "xla", "pallas"
 
 
-@pytest.fixture(autouse=True)
-def _no_rank_promotion():
-    with jax.numpy_rank_promotion("raise"):
-        yield
-
-
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks small enough that little arrays have many, and blocks of blocks."""

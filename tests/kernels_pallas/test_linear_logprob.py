@@ -17,12 +17,6 @@ IMPLEMENTATIONS = "reference", "xla", "pallas"
 triton_is_deprecated = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
 
-@pytest.fixture(autouse=True)
-def _no_rank_promotion():
-    with jax.numpy_rank_promotion("raise"):
-        yield
-
-
 def _arrays(rows: int, size: int, width: int = 8, seed: int = 0):
     """Hidden, vocabulary, targets and kept tokens: every target is kept, a third of the others."""
     random = np.random.default_rng(seed)

@@ -17,12 +17,6 @@ NUMBERS = tuple(name for name in NAMES if name != "top")
 DIFFERENTIABLE = "logp", "entropy", "log_normaliser", "divergence"
 
 
-@pytest.fixture(autouse=True)
-def _no_rank_promotion():
-    with jax.numpy_rank_promotion("raise"):
-        yield
-
-
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks small enough that little arrays have many: 2 or more row blocks, tiles of 32 tokens."""
