@@ -19,7 +19,7 @@ SLOW = (
     "tests/kernels_pallas/test_linear_logprob_sharded.py",
     "tests/kernels_pallas/test_linear_policy_loss.py::test_under_vmap_and_scan",
     "tests/kernels_pallas/test_linear_statistics.py::test_contract",
-    "tests/kernels_pallas/test_policy_gate.py::test_stages_have_the_loss_and_metrics_of_the_whole",
+    "tests/kernels_pallas/test_policy_gate_stages.py::test_stages_have_the_loss_and_metrics_of_the_whole",
 )
 
 
