@@ -18,6 +18,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # What takes longest and repeats what a shorter test shows for one case: CI runs it with -m slow, beside the suite.
 SLOW = (
     "tests/ends/test_notebooks.py::test_it_runs",
+    "tests/ends/test_bad_input.py::test_a_corrupt_checkpoint_is_refused_and_the_run_continues_without_it",
+    "tests/ends/test_bad_input.py::test_a_verifier_s_fault_is_a_counted_failure[raises-split]",
+    "tests/ends/test_bad_input.py::test_a_verifier_s_fault_is_a_counted_failure[gives_nan-split]",
     "tests/ends/test_compare.py::test_stopped_between_steps_it_keeps_what_is_finished[SIGINT]",
     "tests/ends/test_configs.py::test_at_toy_size_it_runs_saves_and_resumes_bit_equal[configs/quickstart.py]",
     "tests/ends/test_configs.py::test_at_toy_size_two_recipes_are_compared_once[configs/compare/chain.py]",
@@ -29,6 +32,7 @@ SLOW = (
     "tests/kernels_pallas/test_policy_gate_stages.py::test_stages_have_the_loss_and_metrics_of_the_whole",
     "tests/learner/test_carry.py::test_steps_in_one_dispatch_and_replicas_are_single_steps",
     "tests/learner/test_carry.py::test_stopped_and_continued_is_as_if_never_stopped",
+    "tests/learner/test_step.py::test_every_device_asks_the_host_about_its_own_rows",
     "tests/test_benchmark.py::test_every_op_is_measured",
     "tests/train/test_session.py::test_several_steps_per_call_and_replicas",
     "tests/train/test_session.py::test_stopped_and_continued_is_as_if_never_stopped[2]",
