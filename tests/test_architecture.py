@@ -10,6 +10,7 @@ import tomllib
 import pytest
 
 from rl_jax.recipe import Recipe
+from tests import conftest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STAGES = ("rollout", "reward", "selection", "advantage", "loss", "weighting", "schedule")
@@ -241,6 +242,12 @@ def test_no_test_skips(source):
              and node.attr in ("skip", "skipif", "xfail", "importorskip")]
     assert not skips, f"marks gpu, tpu and slow choose what runs; nothing else skips: {skips}"
     assert "__future__" not in imported(source)
+
+
+@pytest.mark.parametrize("prefix", conftest.SLOW)
+def test_what_is_marked_slow_exists(prefix):
+    path, _, rest = prefix.partition("::")
+    assert f"def {rest.partition('[')[0]}" in (ROOT / path).read_text()
 
 
 def test_no_function_has_a_boolean_that_switches_algorithms():
