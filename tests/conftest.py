@@ -1,4 +1,5 @@
 """Tests run on the CPU unless JAX_PLATFORMS says otherwise, and refuse silent broadcasting."""
+import gc
 import os
 from importlib.metadata import version
 
@@ -13,6 +14,7 @@ import jax  # noqa: E402  (after the choice of platform)
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(50_000, 20, 50)  # tracing makes many objects and few cycles
 
 
 # What takes longest and repeats what a shorter test shows for one case: CI runs it with -m slow, beside the suite.
@@ -21,17 +23,19 @@ SLOW = (
     "tests/ends/test_bad_input.py::test_a_corrupt_checkpoint_is_refused_and_the_run_continues_without_it",
     "tests/ends/test_bad_input.py::test_a_verifier_s_fault_is_a_counted_failure[raises-split]",
     "tests/ends/test_bad_input.py::test_a_verifier_s_fault_is_a_counted_failure[gives_nan-split]",
+    "tests/ends/test_bad_input.py::test_a_verifier_s_fault_is_a_counted_failure[hangs-split]",
     "tests/ends/test_bad_input.py::test_when_every_answer_fails_nothing_is_learned[split]",
-    "tests/ends/test_compare.py::test_stopped_between_steps_it_keeps_what_is_finished[SIGINT]",
+    "tests/ends/test_compare.py::test_stopped_between_steps_it_keeps_what_is_finished",
     "tests/ends/test_configs.py::test_at_toy_size_it_runs_saves_and_resumes_bit_equal[configs/quickstart.py]",
     "tests/ends/test_configs.py::test_at_toy_size_two_recipes_are_compared_once[configs/compare/chain.py]",
-    "tests/ends/test_resume.py::test_killed_inside_a_two_program_step",
+    "tests/ends/test_resume.py",
     "tests/kernels_pallas/test_decode_attention.py::test_contract_in_bfloat16",
     "tests/kernels_pallas/test_linear_logprob_sharded.py",
     "tests/kernels_pallas/test_linear_policy_loss.py::test_under_vmap_and_scan",
     "tests/kernels_pallas/test_linear_statistics.py::test_contract",
     "tests/kernels_pallas/test_policy_gate_stages.py::test_stages_have_the_loss_and_metrics_of_the_whole",
     "tests/learner/test_ask.py::test_without_learning_the_first_answers_are_those_of_a_whole_rollout",
+    "tests/learner/test_ask.py::test_groups_grow_together",
     "tests/learner/test_carry.py::test_steps_in_one_dispatch_and_replicas_are_single_steps",
     "tests/learner/test_carry.py::test_stopped_and_continued_is_as_if_never_stopped",
     "tests/learner/test_step.py::test_every_device_asks_the_host_about_its_own_rows",
@@ -46,7 +50,10 @@ SLOW = (
     "tests/train/test_compare.py::test_all_start_from_the_weights_that_were_made_once",
     "tests/train/test_compare.py::test_answers_that_were_asked_to_replace_others_are_counted",
     "tests/train/test_session.py::test_another_tokenizer_is_refused_on_resume",
+    "tests/train/test_session.py::test_replacing_rejected_groups_runs",
     "tests/train/test_session.py::test_several_steps_per_call_and_replicas",
+    "tests/train/test_session.py::test_skips_are_counted_across_a_resume",
+    "tests/train/test_session.py::test_steps_per_call_changes_no_number",
     "tests/train/test_session.py::test_stopped_and_continued_is_as_if_never_stopped[2]",
     "tests/train/test_session.py::test_stopped_and_continued_is_as_if_never_stopped[9]",
     "tests/train/test_session.py::test_two_seeds_are_two_runs",

@@ -247,7 +247,7 @@ def test_no_test_skips(source):
 @pytest.mark.parametrize("prefix", conftest.SLOW)
 def test_what_is_marked_slow_exists(prefix):
     path, _, rest = prefix.partition("::")
-    assert f"def {rest.partition('[')[0]}" in (ROOT / path).read_text()
+    assert f"def {rest.partition('[')[0] or 'test_'}" in (ROOT / path).read_text()
 
 
 def test_no_function_has_a_boolean_that_switches_algorithms():
