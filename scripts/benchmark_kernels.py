@@ -67,7 +67,7 @@ ACCELERATOR = Sizes(
     scan=((512, 4096),), memory=MEMORY)
 SIZES = {
     "cpu": Sizes(
-        "float32", (None, "reference"), square=2048, copied=1 << 22, linear=((2048, 32768, 1024),),
+        "float32", (None, "reference"), square=2048, copied=1 << 22, linear=((2048, 32768, 1024), (2048, 151936, 1024)),
         loss=((16384, 64, 128), (8192, 1024, 128), (4096, 4096, 256)), heads=QWEN3_HEADS,
         prefix=((2, 4, 128, 128), (2, 4, 512, 128)), decode=((4, 8, 1024, 64), (4, 8, 1024, 256)), gate=((512, 2048),),
         scan=((256, 64), (512, 2048)), memory=MEMORY),

@@ -284,7 +284,7 @@ def _temporaries_and_flops(implementation, differentiate):
 def test_long_rows_need_less_memory_and_skip_what_is_ahead(monkeypatch):
     """XLA's own analysis: scores of half a square (and of the short prompt) instead of a whole one.
 
-    The gradient makes the scores a second time; whether XLA shares some of that with the forward pass depends on its version.
+    The gradient makes the scores a second time; how much of that XLA shares with the forward pass depends on its version.
     """
     monkeypatch.setattr(blocks, "QUERY_TILE", 128)
     for differentiate, share in (False, 0.7), (True, 0.85):
