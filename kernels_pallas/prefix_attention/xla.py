@@ -47,7 +47,7 @@ def cotangents(operands: Operands, intervals: Intervals, options: Options, resul
     out, kept = results
     if not isinstance(kept, Weights):
         # Where forward and backward pass stand in one program, XLA would else keep the scores of the one for the other.
-        # (Its CPU compiler drops the barrier, and does so.)
+        # (The CPU compiler of jax 0.10 drops the barrier and does so; that of 0.12 keeps it.)
         operands, d_out = jax.lax.optimization_barrier((operands, d_out))
     tokens = operands.query.shape[4]
     tile = blocks.query_tile(tokens)

@@ -284,10 +284,11 @@ def _temporaries_and_flops(implementation, differentiate):
 def test_long_rows_need_less_memory_and_skip_what_is_ahead(monkeypatch):
     """XLA's own analysis: scores of half a square (and of the short prompt) instead of a whole one.
 
-    The gradient makes the scores a second time; how much of that XLA shares with the forward pass depends on its version.
+    The gradient makes the scores a second time, 7 products for the reference's 5. jax 0.10 undoes that on the CPU (6 for 5).
     """
     monkeypatch.setattr(blocks, "QUERY_TILE", 128)
-    for differentiate, share in (False, 0.7), (True, 0.85):
+    recomputed = jax.__version_info__ >= (0, 11)
+    for differentiate, share in (False, 0.7), (True, 0.82 if recomputed else 0.7):
         memory, flops = _temporaries_and_flops("xla", differentiate)
         all_memory, all_flops = _temporaries_and_flops("reference", differentiate)
         assert memory < 0.8 * all_memory and flops < share * all_flops
