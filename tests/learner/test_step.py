@@ -217,7 +217,8 @@ tiny.same(state.parameters, expected[0].parameters, rtol=1e-4, atol=1e-6)
 
 def test_every_device_asks_the_host_about_its_own_rows():
     """Two devices: two calls of half the rows each, and the update of one device."""
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin",
+    compiler = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    environment = {"XLA_FLAGS": compiler, "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin",
                    "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-W", "error", "-c", TWO_DEVICES], env=environment, cwd=ROOT, text=True,
                           capture_output=True, timeout=300)
