@@ -284,7 +284,7 @@ def _temporaries_and_flops(implementation, differentiate):
 def test_long_rows_need_less_memory_and_skip_what_is_ahead(monkeypatch):
     """XLA's own analysis: scores of half a square (and of the short prompt) instead of a whole one.
 
-    The gradient makes the scores a second time: 7 products for the reference's 5. On the CPU jax 0.10 undoes that, 6 for 5.
+    The gradient makes the scores a second time: 7 products for the reference's 5. On a CPU jax 0.10 makes 6.
     """
     monkeypatch.setattr(blocks, "QUERY_TILE", 128)
     recomputed = jax.__version_info__ >= (0, 11)
