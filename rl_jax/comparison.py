@@ -7,10 +7,10 @@ from typing import Any
 
 import ml_collections
 
-from rl_jax import experiment
-from rl_jax.experiment import Experiment, Phase
+from rl_jax import experiment, sections
+from rl_jax.experiment import Experiment, Phase, Pretrained
 from rl_jax.learner.optimiser import Optimiser
-from rl_jax.models.transformer import Shape
+from rl_jax.models.shape import Shape
 from rl_jax.recipe import Recipe
 from rl_jax.tasks.task import PureVerifier, Task
 
@@ -59,7 +59,8 @@ class Comparison:
     Attributes:
       baseline: name of the recipe that the others are compared with; the first if empty.
       before: phases that make the weights that all recipes and all replicas start from, run once;
-        without them each replica has fresh weights of its own.
+        without them each replica has fresh weights of its own, or all those of a published checkpoint.
+      pretrained: the checkpoint whose weights the first of them, or every recipe, starts from.
     """
 
     task: Task
@@ -70,6 +71,7 @@ class Comparison:
     scale: Scale = Scale()
     run: Run = Run()
     before: tuple[Phase, ...] = ()
+    pretrained: Pretrained | None = None
 
     def __post_init__(self):
         if not self.recipes or self.baseline not in ("", *self.recipes):
@@ -103,7 +105,7 @@ class Comparison:
             return None
         every = 100 * math.lcm(*(phase.scale.steps_per_call for phase in self.before))
         run = experiment.Run(seed=self.run.seed, workers=self.run.workers, checkpoint_every=every)
-        return Experiment(task=self.task, shape=self.shape, phases=self.before, run=run)
+        return Experiment(task=self.task, shape=self.shape, phases=self.before, run=run, pretrained=self.pretrained)
 
     def phase(self, name: str) -> Phase:
         """One recipe with its share of the budget."""
@@ -126,14 +128,14 @@ def recipes_section(names: str, **common: Any) -> ml_collections.ConfigDict:
       names: module paths under `rl_jax.recipes` with commas between, such as "baselines.grpo,baselines.rloo".
       common: arguments that differ from the papers' defaults, for those recipes that have them.
     """
-    sections = ml_collections.ConfigDict()
+    found = ml_collections.ConfigDict()
     for name in (part.strip() for part in names.split(",")):
-        has = inspect.signature(experiment.find("recipe", "rl_jax.recipes", name)).parameters
+        has = inspect.signature(sections.find("recipe", "rl_jax.recipes", name)).parameters
         short = name.rsplit(".", 1)[-1]
-        number = 1 + sum(section.name == name for section in sections.values())
-        sections[short if number == 1 else f"{short}_{number}"] = experiment.recipe_section(
+        number = 1 + sum(one.name == name for one in found.values())
+        found[short if number == 1 else f"{short}_{number}"] = experiment.recipe_section(
             name, **{key: value for key, value in common.items() if key in has})
-    return sections
+    return found
 
 
 def first_of(names: str) -> str:
@@ -147,17 +149,18 @@ def parse(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Comparison:
     Raises:
       ValueError: naming the field, what was given, what is allowed and what to do.
     """
-    config = experiment.plain(config)
-    experiment.check_names("config", config, SECTIONS, optional=("before",))
-    task = experiment.named("task", "rl_jax.tasks", config["task"], "config.task")
+    config = sections.plain(config)
+    sections.check_names("config", config, SECTIONS, optional=("before",))
+    task = sections.named("task", "rl_jax.tasks", config["task"], "config.task")
     order = sorted(config["recipes"], key=lambda name: name != config["baseline"])  # a config sorts its fields
-    recipes = {name: experiment.named("recipe", "rl_jax.recipes", config["recipes"][name], f"config.recipes.{name}")
+    recipes = {name: sections.named("recipe", "rl_jax.recipes", config["recipes"][name], f"config.recipes.{name}")
                for name in order}
     return Comparison(
         task=task, shape=experiment.shape(config["model"], task), recipes=recipes, baseline=config["baseline"],
-        optimiser=experiment.typed(Optimiser, config["optimiser"], "config.optimiser"),
-        scale=experiment.typed(Scale, config["scale"], "config.scale"),
-        run=experiment.typed(Run, config["run"], "config.run"), before=experiment.before(config))
+        optimiser=sections.typed(Optimiser, config["optimiser"], "config.optimiser"),
+        scale=sections.typed(Scale, config["scale"], "config.scale"),
+        run=sections.typed(Run, config["run"], "config.run"), before=experiment.before(config),
+        pretrained=experiment.pretrained(config["model"]))
 
 
 def _check_recipe(name: str, recipe: Recipe, scale: Scale) -> None:

@@ -1,25 +1,24 @@
 """From a config of plain values to a typed, checked experiment: every mistake is found before anything compiles."""
 import dataclasses
-import difflib
-import importlib
-import inspect
 import math
-import pkgutil
-import re
-import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
+from rl_jax import hub
 from rl_jax.learner.optimiser import Optimiser
-from rl_jax.models.transformer import Shape
+from rl_jax.models import quantised, trainable, weights
+from rl_jax.models.families import published
+from rl_jax.models.lora import Adapters
+from rl_jax.models.shape import DTYPES, Shape
 from rl_jax.recipe import Recipe
+from rl_jax.sections import check_names, named, named_section, plain, typed
+from rl_jax.tasks.checkpoint_tokenizer import CheckpointTokenizer
 from rl_jax.tasks.task import PureVerifier, Task
 
 SECTIONS = ("task", "model", "recipe", "optimiser", "scale", "run", "before")
-FEATURES = ("query_bias", "query_norm", "tied", "scale_embedding", "rotary_base", "norm_epsilon")
+PLAIN_SIZES = ("width", "layers", "heads", "key_heads", "head_size", "inner", "scan_layers", "remat", "compute")
 PROGRAMS = ("one", "split")
 TRACKERS = ("tensorboard", "wandb")
 
@@ -36,8 +35,12 @@ class Scale:
       seeds: replicas trained side by side, for tasks with a pure verifier.
       program: "one" program per step, or "split" in two, where the host scores one batch while
         the device draws the next (off-policy by one step).
-      stop_after_skips: steps in a row without a finite gradient after which the run stops.
       memory_limit_gib: refuse to start if the compiled step needs more; 0 takes the device's own limit.
+      train: "all" weights, "lora" (adapters beside frozen weights, fresh ones in each phase, merged into the weights
+        at its end), or a regular expression that is searched in the parameters' names; only what is trained has an
+        optimiser state.
+      lora: the adapters' numbers; read where train="lora".
+      draw_with: "" draws answers with the weights themselves, "int8" or "fp8" with a copy in 8 bits.
     """
 
     steps: int = 100
@@ -46,8 +49,10 @@ class Scale:
     steps_per_call: int = 1
     seeds: int = 1
     program: str = "one"
-    stop_after_skips: int = 10
     memory_limit_gib: float = 0.0
+    train: str = trainable.ALL
+    lora: Adapters = Adapters()
+    draw_with: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +82,27 @@ class Run:
     trackers: tuple = ()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A published checkpoint to start from.
+
+    Attributes:
+      path: its folder, or "owner/name" on the Hugging Face hub.
+      dtype: of the weights that are held, "float32" or "bfloat16"; what is trained is best kept in float32.
+      compute, remat, scan_layers: see `models.shape.Shape`.
+    """
+
+    path: str
+    dtype: str = "float32"
+    compute: str = "bfloat16"
+    remat: bool = True
+    scan_layers: bool = False
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"model dtype={self.dtype!r}: allowed are {sorted(DTYPES)}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Phase:
     """One recipe with its optimiser and scale."""
@@ -84,6 +110,11 @@ class Phase:
     recipe: Recipe
     optimiser: Optimiser
     scale: Scale
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """The numbers of the adapters that this phase trains, if it trains any."""
+        return self.scale.lora if self.scale.train == trainable.LORA else None
 
     @property
     def updates(self) -> int:
@@ -99,12 +130,16 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A checked experiment: the task, the network's shape, the phases in order, and what surrounds them."""
+    """A checked experiment: the task, the network's shape, the phases in order, and what surrounds them.
+
+    `pretrained` is the checkpoint whose weights the first phase starts from; None starts from fresh ones.
+    """
 
     task: Task
     shape: Shape
     phases: tuple[Phase, ...]
     run: Run
+    pretrained: Pretrained | None = None
 
 
 def recipe_section(name: str, **overrides: Any) -> ml_collections.ConfigDict:
@@ -114,7 +149,7 @@ def recipe_section(name: str, **overrides: Any) -> ml_collections.ConfigDict:
       name: module path under `rl_jax.recipes`, such as "baselines.grpo".
       overrides: arguments that differ from the paper's defaults.
     """
-    return _named_section("recipe", "rl_jax.recipes", name, overrides)
+    return named_section("recipe", "rl_jax.recipes", name, overrides)
 
 
 def task_section(name: str, **overrides: Any) -> ml_collections.ConfigDict:
@@ -124,7 +159,7 @@ def task_section(name: str, **overrides: Any) -> ml_collections.ConfigDict:
       name: module path under `rl_jax.tasks`, such as "toys.addmod".
       overrides: arguments that differ from the defaults.
     """
-    return _named_section("task", "rl_jax.tasks", name, overrides)
+    return named_section("task", "rl_jax.tasks", name, overrides)
 
 
 def model_section(**overrides: Any) -> ml_collections.ConfigDict:
@@ -134,8 +169,18 @@ def model_section(**overrides: Any) -> ml_collections.ConfigDict:
     if unknown:
         raise ValueError(f"model has no {sorted(unknown)}; allowed are {sorted(values)}.")
     values |= overrides
-    features = {name: values.pop(name) for name in FEATURES}
-    return ml_collections.ConfigDict({**values, "features": features})
+    plain_sizes = {name: values.pop(name) for name in PLAIN_SIZES}
+    return ml_collections.ConfigDict({**plain_sizes, "features": values})
+
+
+def pretrained_section(path: str, **overrides: Any) -> ml_collections.ConfigDict:
+    """The config section of a network that starts from a published checkpoint.
+
+    Args:
+      path: its folder, or "owner/name" on the Hugging Face hub.
+      overrides: fields of `Pretrained` that differ from the defaults.
+    """
+    return section(Pretrained, path=path, **overrides)
 
 
 def section(cls: type, **overrides: Any) -> ml_collections.ConfigDict:
@@ -154,54 +199,43 @@ def parse(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
     run = typed(Run, config["run"], "config.run")
     task = named("task", "rl_jax.tasks", config["task"], "config.task")
     main = phase({name: config[name] for name in ("recipe", "optimiser", "scale")}, "config")
-    experiment = Experiment(task=task, shape=shape(config["model"], task), phases=(*before(config), main), run=run)
+    experiment = Experiment(task=task, shape=shape(config["model"], task), phases=(*before(config), main), run=run,
+                            pretrained=pretrained(config["model"]))
     check(experiment)
     return experiment
 
 
-def plain(config: Any) -> Any:
-    """The config as dicts, lists, numbers and strings, as JSON holds it."""
-    if isinstance(config, (Mapping, ml_collections.ConfigDict)):
-        return {key: plain(value) for key, value in config.items()}
-    return [plain(value) for value in config] if isinstance(config, (tuple, list)) else config
-
-
-def misnamed(config: Any, overrides: Sequence[str]) -> str | None:
-    """What is wrong with the first override that names no field of the config; None if all do.
-
-    Args:
-      config: as its file makes it.
-      overrides: arguments such as "--config.optimiser.learning_rate=1e-4"; others are skipped.
-    """
-    for override in overrides:
-        name = override.lstrip("-").split("=")[0]
-        if not override.startswith("-") or not name.startswith("config."):
-            continue
-        at, seen = config, "config"
-        for part in re.findall(r"[^.\[\]]+", name)[1:]:
-            if isinstance(at, (tuple, list)):
-                if not part.isdigit() or int(part) >= len(at):
-                    return f"{seen} has {len(at)} entries, no [{part}]."
-                at, seen = at[int(part)], f"{seen}[{part}]"
-            elif isinstance(at, ml_collections.ConfigDict) and part in at:
-                at, seen = at[part], f"{seen}.{part}"
-            else:
-                allowed = ", ".join(at) if isinstance(at, ml_collections.ConfigDict) else "none: it is a plain value"
-                return f"{seen} has no field {part!r}; allowed are {allowed}."
-    return None
-
-
-def typed(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    """cls(**values) after checking names and types against its fields."""
-    fields = typing.get_type_hints(cls)
-    check_names(where, values, tuple(fields), optional=tuple(fields))
-    return cls(**{name: _checked(value, fields[name], f"{where}.{name}") for name, value in values.items()})
+def pretrained(values: Mapping[str, Any]) -> Pretrained | None:
+    """The checkpoint that a model section names, if it names one."""
+    return typed(Pretrained, values, "config.model") if "path" in values else None
 
 
 def shape(values: Mapping[str, Any], task: Task) -> Shape:
-    """The network's shape from its section, plain values; the task's tokenizer gives the vocabulary."""
-    rest = {name: value for name, value in values.items() if name != "features"}
-    return typed(Shape, {**rest, **values.get("features", {}), "vocabulary": task.tokenizer.size}, "config.model")
+    """The network's shape from its section, plain values.
+
+    The vocabulary is that of the task's tokenizer, or of the checkpoint, whose tokenizer the task must then have.
+
+    Raises:
+      ValueError: for a checkpoint whose family is not here, or whose tokenizer is not the task's.
+    """
+    start = pretrained(values)
+    if start is None:
+        rest = {name: value for name, value in values.items() if name != "features"}
+        return typed(Shape, {**rest, **values.get("features", {}), "vocabulary": task.tokenizer.size}, "config.model")
+    folder = hub.folder(start.path)
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"config.model.path={start.path!r}: the checkpoint has no tokenizer.json, so what its token ids "
+                         "mean is not known. Put the tokenizer's files beside its weights.")
+    own = CheckpointTokenizer(folder)
+    if own.fingerprint != task.tokenizer.fingerprint:
+        raise ValueError(f"config.model.path={start.path!r} has the tokenizer {own.fingerprint}, and the task's is "
+                         f"{task.tokenizer.fingerprint}: set task.args.tokenizer to the model's path.")
+    found = published.shape_of(weights.read_json(folder / "config.json"), compute=start.compute, remat=start.remat,
+                               scan_layers=start.scan_layers)
+    if own.size > found.vocabulary:
+        raise ValueError(f"config.model.path={start.path!r}: its tokenizer has {own.size} ids and its embedding "
+                         f"{found.vocabulary} rows: these are files of two models.")
+    return found
 
 
 def before(config: Mapping[str, Any]) -> tuple[Phase, ...]:
@@ -215,91 +249,6 @@ def phase(values: Mapping[str, Any], where: str) -> Phase:
     return Phase(recipe=named("recipe", "rl_jax.recipes", values["recipe"], f"{where}.recipe"),
                  optimiser=typed(Optimiser, values["optimiser"], f"{where}.optimiser"),
                  scale=typed(Scale, values["scale"], f"{where}.scale"))
-
-
-def _named_section(kind: str, package: str, name: str, overrides: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    factory = find(kind, package, name)
-    parameters = inspect.signature(factory).parameters
-    unknown = set(overrides) - set(parameters)
-    if unknown:
-        raise ValueError(f"{kind} {name!r} has no argument {sorted(unknown)}; it has {list(parameters)}.")
-    args = {key: overrides.get(key, p.default) for key, p in parameters.items()}
-    missing = [key for key, value in args.items() if value is inspect.Parameter.empty]
-    if missing:
-        raise ValueError(f"{kind} {name!r} needs {missing}: no default exists.")
-    return ml_collections.ConfigDict({"name": name, "args": args, "args_of": name})
-
-
-def named(kind: str, package: str, values: Mapping[str, Any], where: str) -> Any:
-    """What the factory that a section names makes of the section's arguments, plain values."""
-    check_names(where, values, ("name", "args", "args_of"))
-    factory = find(kind, package, values["name"])
-    if values["args_of"] != values["name"]:
-        raise ValueError(
-            f"{where}.name={values['name']!r}, but {where}.args are those of {values['args_of']!r}. Name the {kind} "
-            f"where the config is made, so that its own arguments are filled in: --config=FILE.py:{values['name']}")
-    parameters = inspect.signature(factory).parameters
-    check_names(f"{where}.args", values["args"], tuple(parameters), optional=tuple(parameters))
-    hints = typing.get_type_hints(factory)
-    args = {name: _checked(value, hints.get(name, Any), f"{where}.args.{name}")
-            for name, value in values["args"].items()}
-    try:
-        return factory(**args)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where} ({values['name']}): {error}") from error
-
-
-def find(kind: str, package: str, name: str) -> Callable[..., Any]:
-    """The factory of a module path: "baselines.grpo" is `rl_jax.recipes.baselines.grpo.grpo`.
-
-    Raises:
-      ValueError: if there is none; says which there are.
-    """
-    known = names(package)
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-        raise ValueError(f"unknown {kind} {name!r}.{hint} Allowed are: {', '.join(known)}.")
-    return vars(importlib.import_module(f"{package}.{name}"))[name.rsplit(".", 1)[-1]]
-
-
-def names(package: str) -> list[str]:
-    """Module paths under a package whose module defines a function of its own name, read from the source files."""
-    root = importlib.import_module(package)
-    found = []
-    for module in pkgutil.walk_packages(root.__path__, f"{package}."):
-        source = module.module_finder.find_spec(module.name)
-        if not module.ispkg and f"\ndef {module.name.rsplit('.', 1)[-1]}(" in source.loader.get_source(module.name):
-            found.append(module.name.removeprefix(f"{package}."))
-    return found
-
-
-def check_names(where: str, values: Mapping[str, Any], allowed: tuple[str, ...],
-                optional: tuple[str, ...] = ()) -> None:
-    """Refuses a section with a field that is not allowed, or without one that is not optional."""
-    unknown = sorted(set(values) - set(allowed))
-    missing = sorted(set(allowed) - set(values) - set(optional))
-    if unknown:
-        raise ValueError(f"{where} has no field {', '.join(map(repr, unknown))}; allowed are {', '.join(allowed)}.")
-    if missing:
-        raise ValueError(f"{where} lacks {', '.join(map(repr, missing))}.")
-
-
-def _checked(value: Any, kind: Any, where: str) -> Any:
-    """The value, if it is of the annotated type; an int is a float, a list a tuple, nothing else is anything else."""
-    options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-    for option in options:
-        origin = typing.get_origin(option) or option
-        if origin is Any or (origin in (int, str, bool, type(None)) and type(value) is origin):
-            return value
-        if origin is float and type(value) in (int, float) and value == value:  # nan is no number to run with
-            return float(value)
-        if origin in (tuple, list, Sequence) and isinstance(value, (tuple, list)):
-            return tuple(value)
-        if origin in (dict, Mapping) and isinstance(value, Mapping):
-            return value
-    wanted = " or ".join(option.__name__ if isinstance(option, type) else str(option) for option in options)
-    raise ValueError(f"{where}={value!r} is of type {type(value).__name__}; allowed is {wanted}.")
 
 
 def check(experiment: Experiment) -> None:
@@ -327,7 +276,7 @@ def check(experiment: Experiment) -> None:
 
 def _check_phase(phase: Phase, run: Run, task: Task, where: str) -> None:
     scale, recipe = phase.scale, phase.recipe
-    for name in ("steps", "prompts_per_step", "microbatches", "steps_per_call", "seeds", "stop_after_skips"):
+    for name in ("steps", "prompts_per_step", "microbatches", "steps_per_call", "seeds"):
         _require(vars(scale)[name] >= 1, f"{where}: scale.{name}={vars(scale)[name]}: must be at least 1.")
     pieces = scale.microbatches * recipe.schedule.minibatches
     _require(scale.prompts_per_step % pieces == 0,
@@ -342,6 +291,10 @@ def _check_phase(phase: Phase, run: Run, task: Task, where: str) -> None:
     _require(scale.microbatches == 1 or not recipe.indivisible,
              f"{where}: scale.microbatches={scale.microbatches}, and this recipe's loss compares all groups of a batch: "
              "set it to 1.")
+    if scale.draw_with:
+        _require(recipe.rollout is not None, f"{where}: scale.draw_with={scale.draw_with!r}, and this recipe draws no "
+                 'answers: set it to "".')
+        quantised.check(scale.draw_with)
     _require(scale.program in PROGRAMS, f"{where}: scale.program={scale.program!r}: allowed are {PROGRAMS}.")
     pure = isinstance(task.verifier, PureVerifier)
     if scale.seeds > 1:

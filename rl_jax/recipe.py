@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 MODELS = ("reference", "old", "teacher", "critic", "moments")
+ROUTING = ("free", "rollout", "old")
 CONFIDENCE = ("verified", "secondary", "reconstructed")
 
 
@@ -156,6 +157,9 @@ class Recipe:
         policy's distributions before this batch.
       views: {name: (prompts, seed) -> prompts}: other prompts under which the policy before this
         batch scores the drawn tokens, read as `x.view.<name>`. `seed` is a random uint32 per prompt.
+      routing: which experts the update's passes go through, in a network that mixes some: those that the routers of
+        the weights in use choose ("free"), those recorded when the answers were drawn ("rollout", called R3), or those
+        that the policy before the batch chooses in training ("old", R2).
       indivisible: the loss compares all groups of the batch, so it cannot be cut into micro-batches.
       name, paper, hyperparameters: written by `@recipe`.
     """
@@ -170,6 +174,7 @@ class Recipe:
     schedule: Schedule = Schedule()
     models: tuple[str, ...] = ()
     views: dict[str, Callable] = dataclasses.field(default_factory=dict)
+    routing: str = "free"
     indivisible: bool = False
     name: str = ""
     paper: str = ""
@@ -179,6 +184,8 @@ class Recipe:
         unknown = set(self.models) - set(MODELS)
         if unknown:
             raise ValueError(f"models={self.models}: {sorted(unknown)} unknown; allowed are {MODELS}.")
+        if self.routing not in ROUTING:
+            raise ValueError(f"routing={self.routing!r}: allowed are {ROUTING}.")
         if self.rollout is not None and self.rollout.resample and self.selection is None:
             raise ValueError(f"rollout.resample={self.rollout.resample} replaces the groups that the selection slot "
                              "rejects, and this recipe has no selection slot: give one, or set resample=0.")

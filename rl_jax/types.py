@@ -8,7 +8,7 @@ import types
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
 
 from rl_jax.record import record
 
@@ -26,8 +26,9 @@ class Prompts:
     """What is asked: right-padded token ids and what the verifier needs to know.
 
     `facts` are arrays with leading axis P that a pure verifier reads. `answer` is a given
-    completion, for recipes that learn from answers instead of drawing them. The stream makes
-    them of NumPy arrays; the loop places them on devices.
+    completion, for recipes that learn from answers instead of drawing them. `routes` are the
+    experts of the prompts' tokens, where they are replayed. The stream makes them of NumPy arrays;
+    the loop places them on devices.
     """
 
     tokens: Int[Array | np.ndarray, "P S"]
@@ -37,6 +38,7 @@ class Prompts:
     facts: dict[str, Any]
     answer: Int[Array | np.ndarray, "P T"] | None = None
     answer_mask: Bool[Array | np.ndarray, "P T"] | None = None
+    routes: Shaped[Array, "P S L k"] | None = None
 
 
 @record
@@ -50,7 +52,9 @@ class Samples:
     whole vocabulary could be drawn. Further fields are None where they would say nothing:
     `complete`, the answer does not go on in the next step (None: all are); `fresh`, tokens drawn in
     this step (None: all that are chosen); `given`, the answer was given and not drawn (None: none
-    was); `turn`, the number of each token's turn, from 0 (None: one turn).
+    was); `turn`, the number of each token's turn, from 0 (None: one turn); `routes` and
+    `prompt_routes`, the `k` experts that each token went through in each of `L` mixing layers (None:
+    the network mixes none).
     """
 
     tokens: Int[Array, "N T"]
@@ -64,6 +68,8 @@ class Samples:
     fresh: Bool[Array, "N T"] | None = None
     given: Bool[Array, " N"] | None = None
     turn: Int[Array, "N T"] | None = None
+    routes: Shaped[Array, "N T L k"] | None = None
+    prompt_routes: Shaped[Array, "P S L k"] | None = None
 
 
 @record
@@ -89,7 +95,8 @@ class Experience:
     entries are read by name (`x.reference_logp`), and reading one that is not there says why.
     `example` and `domain` are the ids of each sequence's prompt and of its part of the task; `seed`
     is a random number of each sequence's own, for slots that draw lots. `complete`, `fresh`, `turn`:
-    see `Samples`. `marks` and `views` are what the slots of those names made. `row` is the row of
+    see `Samples`. `marks` and `views` are what the slots of those names made; `routes` are
+    there where the experts are replayed (`Recipe.routing`), those of the prompts in `prompts`. `row` is the row of
     the drawn batch that each row was taken from, where selection resampled.
     """
 
@@ -112,6 +119,7 @@ class Experience:
     fresh: Bool[Array, "N T"] | None = None
     turn: Int[Array, "N T"] | None = None
     row: Int[Array, " N"] | None = None
+    routes: Shaped[Array, "N T L k"] | None = None
     prompts: Prompts | None = None
     support: UInt32[Array, "N T W"] | None = None
     marks: dict[str, Any] | None = None
@@ -192,9 +200,10 @@ class Evaluated:
 class TrainState:
     """Everything that an update reads and writes, one replica.
 
-    `step` counts updates of the program, `optimiser` is optax's state, `frozen` holds the
-    weights that are never trained (reference, teacher) by role, `control` the state of the
-    recipe's adapting coefficients, `skipped` counts steps in a row whose gradient was not finite,
+    `step` counts updates of the program, `parameters` holds what is trained by role (policy,
+    critic), `optimiser` is optax's state, `frozen` holds the weights that are never trained by role
+    (reference, teacher; "policy", the part of it that is kept, where not all is trained), `control`
+    the state of the recipe's adapting coefficients, `skipped` counts steps in a row whose gradient was not finite,
     `carried` holds rollouts of earlier steps that are learned from again or not yet complete.
     """
 

@@ -102,7 +102,7 @@ def replicas() -> Sequence[Row]:
     import jax
 
     from rl_jax.models.network import Network
-    from rl_jax.models.transformer import Shape
+    from rl_jax.models.shape import Shape
     from rl_jax.recipes.baselines import reinforce
     from rl_jax.tasks.toys import addmod, bandit
 
@@ -181,12 +181,12 @@ def recipes() -> Sequence[Row]:
     """Seconds per step of every recipe ("other") against baselines.grpo's ("ours"): `chain`, 256 answers a step."""
     import rich.progress
 
-    from rl_jax import experiment
+    from rl_jax import sections
     from rl_jax.models.network import Network
-    from rl_jax.models.transformer import Shape
+    from rl_jax.models.shape import Shape
     from rl_jax.tasks.toys import chain
 
-    names = [name for name in experiment.names("rl_jax.recipes") if _wanted(name)]
+    names = [name for name in sections.names("rl_jax.recipes") if _wanted(name)]
     task = chain.chain(8)
     network = Network(Shape(vocabulary=task.tokenizer.size, width=128, layers=2, heads=4, key_heads=2, head_size=32,
                             inner=256))
@@ -204,12 +204,12 @@ def _stepper(task, network, name):
 
     import jax
 
-    from rl_jax import experiment
+    from rl_jax import sections
     from rl_jax.experiment import Phase, Scale
     from rl_jax.learner.optimiser import Optimiser
     from rl_jax.train import loop
 
-    factory = experiment.find("recipe", "rl_jax.recipes", name)
+    factory = sections.find("recipe", "rl_jax.recipes", name)
     recipe = factory(**{"group_size": 8} if "group_size" in inspect.signature(factory).parameters else {})
     phase = Phase(recipe, Optimiser(), Scale(steps=10_000_000, prompts_per_step=256 // recipe.group_size))
     one = loop.PhaseLoop(phase, task, network, shown_groups=1)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.linear_logprob.op import linear_logprob
 from rl_jax.models.network import Network
-from rl_jax.models.transformer import Shape
+from rl_jax.models.shape import Shape
 
 Clock = Callable[..., list[float]]  # sides -> median seconds of each, measured in turn
 

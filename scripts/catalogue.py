@@ -24,9 +24,9 @@ _CHECK = flags.DEFINE_bool("check", False, "Compare with the file instead of wri
 
 def text() -> str:
     """The whole catalogue as Markdown."""
-    from rl_jax import experiment
+    from rl_jax import sections
 
-    names = experiment.names("rl_jax.recipes")
+    names = sections.names("rl_jax.recipes")
     found = {name: vars(importlib.import_module(f"rl_jax.recipes.{name}"))[name.rsplit(".", 1)[-1]] for name in names}
     counts = {word: sum(factory.card.confidence == word for factory in found.values()) for word in CONFIDENCE}
     kinds = "\n".join(f"- **{word}** ({counts[word]}): {meaning}." for word, meaning in CONFIDENCE.items())

@@ -21,7 +21,7 @@ def main(_: list[str]) -> None:
     """Parses, claims the directory, runs what is missing, draws."""
     import rich.console
 
-    from rl_jax import comparison, experiment
+    from rl_jax import comparison, sections
     from rl_jax.train import compare, compare_page, curves
 
     logging.set_verbosity(logging.WARNING)
@@ -29,7 +29,7 @@ def main(_: list[str]) -> None:
     console = rich.console.Console(width=None if sys.stdout.isatty() else 120)
     try:
         parsed = comparison.parse(_CONFIG.value)
-        compare.claim(workdir, experiment.plain(_CONFIG.value))
+        compare.claim(workdir, sections.plain(_CONFIG.value))
         found = compare.run(parsed, workdir, console=console)
     except (ValueError, ImportError, FileNotFoundError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

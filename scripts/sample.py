@@ -52,7 +52,7 @@ def sample() -> None:
     rollout = Rollout(group_size=_SAMPLES.value, temperature=_TEMPERATURE.value, top_k=_TOP_K.value,
                       top_p=_TOP_P.value, min_p=_MIN_P.value)
     draw = jax.jit(decode.make_rollout(found.network, rollout, completion_length=task.completion_length,
-                                       end_id=tokenizer.end_id, pad_id=tokenizer.pad_id))
+                                       stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id))
     uniforms = decode.make_uniforms(jax.random.key(_SEED.value), 1, _SAMPLES.value, task.completion_length)
     samples = jax.device_get(draw(found.policy, jax.device_put(stream.batch(task, [example])), uniforms,
                                   jnp.asarray(found.step, jnp.int32)))
@@ -69,7 +69,7 @@ def sample() -> None:
     if _TOKENS.value:
         for n in range(len(texts)):
             console.print(f"completion {n}: " + "  ".join(
-                f"{'<end>' if t == tokenizer.end_id else repr(tokenizer.decode([int(t)]))} {p:.3f}/{h:.3f}"
+                f"{'<end>' if t in tokenizer.stop_ids else repr(tokenizer.decode([int(t)]))} {p:.3f}/{h:.3f}"
                 for t, p, h, m in zip(samples.tokens[n], samples.rollout_logp[n], samples.rollout_entropy[n],
                                       samples.mask[n], strict=True) if m), markup=False, highlight=False)
 

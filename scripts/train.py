@@ -18,14 +18,14 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.")
 
 def main(_: list[str]) -> None:
     """Parses, claims the directory, runs."""
-    from rl_jax import experiment
+    from rl_jax import experiment, sections
     from rl_jax.train import session
 
     logging.set_verbosity(logging.WARNING)
     workdir = pathlib.Path(_WORKDIR.value)
     try:
         parsed = experiment.parse(_CONFIG.value)
-        session.claim(workdir, experiment.plain(_CONFIG.value))
+        session.claim(workdir, sections.plain(_CONFIG.value))
         finished = session.Session(parsed, workdir).go()
     except (ValueError, ImportError, FileNotFoundError, FloatingPointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

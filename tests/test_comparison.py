@@ -4,7 +4,7 @@ import dataclasses
 import ml_collections
 import pytest
 
-from rl_jax import comparison, experiment
+from rl_jax import comparison, experiment, sections
 from rl_jax.recipes.baselines.grpo import grpo
 from rl_jax.recipes.baselines.ppo import ppo
 from rl_jax.recipes.baselines.rloo import rloo
@@ -47,7 +47,7 @@ def test_the_baseline_comes_first_and_arguments_can_be_changed():
     parsed = comparison.parse(config)
     assert list(parsed.recipes) == ["reinforce", "grpo"] and parsed.reference == "reinforce"
     assert parsed.recipes["grpo"].hyperparameters["clip"] == 0.3
-    assert experiment.misnamed(config, ["--config.recipes.grpo.args.clipp=1"]).startswith(
+    assert sections.misnamed(config, ["--config.recipes.grpo.args.clipp=1"]).startswith(
         "config.recipes.grpo.args has no field 'clipp'; allowed are")
 
 

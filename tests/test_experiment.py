@@ -4,7 +4,7 @@ import json
 import ml_collections
 import pytest
 
-from rl_jax import experiment
+from rl_jax import experiment, sections
 from rl_jax.learner.optimiser import Optimiser
 from tests.ends import tiny
 
@@ -16,7 +16,7 @@ HOST = {"task": "reasoning_gym", "task_args": {
 
 def changed(change, **given):
     """A tiny config's plain values after a change to them."""
-    values = experiment.plain(tiny.config(**given))
+    values = sections.plain(tiny.config(**given))
     change(values)
     return values
 
@@ -43,7 +43,7 @@ def test_a_config_becomes_typed_values():
 
 def test_json_and_back_is_the_same_experiment():
     config = tiny.config(warm_start=3)
-    again = experiment.parse(json.loads(json.dumps(experiment.plain(config))))
+    again = experiment.parse(json.loads(json.dumps(sections.plain(config))))
     first = experiment.parse(config)
     assert (again.shape, again.run, again.task.fingerprint) == (first.shape, first.run, first.task.fingerprint)
     assert [(p.optimiser, p.scale, p.recipe.hyperparameters) for p in again.phases] == [
@@ -111,7 +111,10 @@ TOGETHER = [
         "checkpoint_every": 1, "keep_last": 1, "keep_best": 0, "validate_every": 0, "validation_prompts": 1,
         "validation_samples": 1, "shown_groups": 0, "workers": 1, "seed": 0}.items()],
     *[({}, f"scale.{name}", 0, f"scale.{name}=0: must be at least 1") for name in (
-        "steps", "prompts_per_step", "microbatches", "steps_per_call", "seeds", "stop_after_skips")],
+        "steps", "prompts_per_step", "microbatches", "steps_per_call", "seeds")],
+    ({}, "optimiser.stop_after_skips", 0, "stop_after_skips=0: must be at least 1"),
+    ({}, "scale.draw_with", "int3", "int3.*allowed are .*fp8.*int8"),
+    ({"recipe": "baselines.sft"}, "scale.draw_with", "int8", "draws no answers"),
     ({}, "run.trackers", ["mlflow"], "config.run.trackers=.*mlflow.*allowed are .*tensorboard"),
     ({}, "run.trackers", [["wandb"]], "config.run.trackers="),
     ({"task_args": {"validation_size": 0}}, "run.validate_every", 2, "no validation split.*validate_every=0"),
@@ -176,8 +179,8 @@ def test_an_unknown_name_is_answered_with_those_there_are(kind, near):
 
 
 def test_names_are_factories_and_nothing_else():
-    assert "baselines.ppo" in experiment.names("rl_jax.recipes")
-    tasks = experiment.names("rl_jax.tasks")
+    assert "baselines.ppo" in sections.names("rl_jax.recipes")
+    tasks = sections.names("rl_jax.tasks")
     assert {"toys.addmod", "toys.bandit", "toys.chain", "toys.token_tree", "reasoning_gym", "gsm8k"} == set(tasks)
 
 
@@ -201,12 +204,12 @@ def test_a_config_file_is_told_its_mistakes(make, said):
 def test_a_misnamed_override_is_answered_with_the_fields_there_are(override, said):
     given = ["train.py", "--config=x.py", "--config.scale.steps=3", override]
     with pytest.raises(AssertionError, match=said):
-        raise AssertionError(experiment.misnamed(tiny.config(warm_start=1), given))
+        raise AssertionError(sections.misnamed(tiny.config(warm_start=1), given))
 
 
 def test_rightly_named_overrides_are_not_misnamed():
     given = ["--config.scale.steps=3", "--config.before[0].optimiser.learning_rate=1", "--workdir=config.x", "config.y"]
-    assert experiment.misnamed(tiny.config(warm_start=1), given) is None
+    assert sections.misnamed(tiny.config(warm_start=1), given) is None
 
 
 def test_a_config_is_locked_and_has_few_fields_per_section():

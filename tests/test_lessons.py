@@ -107,9 +107,9 @@ APPLIED = []
 class Counted(Network):
     """Counts applications of the whole network while a program is traced."""
 
-    def hidden(self, parameters, prompts, lengths, completions):
+    def hidden(self, parameters, *given):
         APPLIED.append(1)
-        return super().hidden(parameters, prompts, lengths, completions)
+        return super().hidden(parameters, *given)
 
 
 @pytest.mark.parametrize(("beta", "applications"), [(0.0, 1), (0.1, 2)])
@@ -135,15 +135,18 @@ def test_overlong_penalties_count_tokens_not_characters():
     np.testing.assert_array_equal(length.soft_overlong(jnp.ones((1, 4), bool), 4, 2), -1.0)
 
 
-@pytest.mark.parametrize("pad", [TASK.tokenizer.pad_id, END])
-def test_eos_is_a_chosen_token_and_keeps_its_loss(pad):
-    """Also where padding shares its id. Uniform policy: the random number (i + 1/2) / V draws token i."""
+@pytest.mark.parametrize(("pad", "other"), [(TASK.tokenizer.pad_id, END), (END, END), (END, 3), (3, 3)])
+def test_eos_is_a_chosen_token_and_keeps_its_loss(pad, other):
+    """Also where padding shares its id, and where a second token ends answers.
+
+    Uniform policy: the random number (i + 1/2) / V draws token i.
+    """
     network = tiny.network(TASK)
     policy = undecided(network)
     script = jnp.array([[[3, END, 5, 5], [END, 4, 4, 4]], [[2, 2, 2, 2], [2, 2, 2, END]]])
-    draw = decode.make_rollout(network, Rollout(G), completion_length=T, end_id=END, pad_id=pad)
+    draw = decode.make_rollout(network, Rollout(G), completion_length=T, stop_ids=(END, other), pad_id=pad)
     drawn = jax.jit(draw)(policy, tiny.prompts(TASK, P), (script + 0.5) / V, jnp.int32(0))
-    chosen = np.arange(T) < np.array([2, 1, 4, 4])[:, None]
+    chosen = np.arange(T) < np.array([1 if other == 3 else 2, 1, 4, 4])[:, None]
     np.testing.assert_array_equal(drawn.mask, chosen)
     np.testing.assert_array_equal(drawn.tokens, np.where(chosen, script.reshape(-1, T), pad))
     np.testing.assert_array_equal(drawn.finished, [True, True, False, True])
@@ -213,7 +216,7 @@ def test_truncated_sampling_changes_the_behaviour_log_probability():
     """What is recorded is the trainer's log-probability among the kept tokens, above the plain one by the mass cut."""
     network, rollout = tiny.network(TASK), Rollout(G, top_k=3)
     policy = network.initialise(jax.random.key(0))
-    draw = decode.make_rollout(network, rollout, completion_length=T, end_id=END, pad_id=0)
+    draw = decode.make_rollout(network, rollout, completion_length=T, stop_ids=(END,), pad_id=0)
     prompts = tiny.prompts(TASK, P)
 
     @jax.jit
@@ -254,7 +257,7 @@ def test_resume_is_bit_exact_with_rollouts_in_flight(tmp_path):
         for tick in loop.ticks(loop.initial_state(jax.random.key(0)), loop.stream(3)):
             if tick.done == 2:
                 like = shapes((tick.state, tick.pending))
-                saved.save(2, tick.state, {"data": tick.data}, pending=tick.pending)
+                saved.save(2, tick.state, {"phase": 0, "data": tick.data}, pending=tick.pending)
             expected = tick.state, tick.metrics
     items = {path.name for path in (tmp_path / "checkpoints" / "2").iterdir()}
     assert items >= {"parameters", "training", "cursor", "pending"}

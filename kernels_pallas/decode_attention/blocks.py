@@ -63,8 +63,13 @@ def tile_on_cpu(positions: int) -> int:
     return positions if positions <= TILE_ON_CPU else TILE_ON_CPU
 
 
-def choose(sequences: int, key_heads: int, rows: int, positions: int, head_size: int, item_bytes: int) -> Blocks:
-    """Blocks for caches [sequences, key_heads, positions, head_size] and `rows` query rows per key head."""
+def choose(sequences: int, key_heads: int, rows: int, positions: int, head_size: int, item_bytes: int,
+           window: int | None = None) -> Blocks:
+    """Blocks for caches [sequences, key_heads, positions, head_size] and `rows` query rows per key head.
+
+    Args:
+      window: the most positions that a row sees; None: all.
+    """
     rows = max(FEWEST, _power_of_two(rows))
     if dispatch.platform() == "tpu":
         return _choose_on_tpu(key_heads, rows, positions, head_size * item_bytes, head_size * 4)
@@ -72,7 +77,8 @@ def choose(sequences: int, key_heads: int, rows: int, positions: int, head_size:
     tile = max(FEWEST, TILE_BYTES_ON_GPU // (head_size * item_bytes))
     tile = min(_power_of_two(tile), _power_of_two(positions + 1) // 2)
     programs = sequences * key_heads
-    splits = max(1, min(-(-PROGRAMS_ON_GPU // programs), positions // (TILES_PER_PROGRAM * tile)))
+    reach = positions if window is None else min(positions, window)
+    splits = max(1, min(-(-PROGRAMS_ON_GPU // programs), reach // (TILES_PER_PROGRAM * tile)))
     return Blocks(heads=1, rows=rows, tile=tile, splits=splits, walk=False)
 
 

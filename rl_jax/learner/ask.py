@@ -7,32 +7,39 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from rl_jax.learner import assemble, carry, collect, diagnostics
+from rl_jax.learner import assemble, carry, collect, diagnostics, roles
+from rl_jax.models import quantised
 from rl_jax.models.network import Network
 from rl_jax.recipe import Recipe
 from rl_jax.rollout import decode, mixed, window
-from rl_jax.types import Prompts, Samples, TrainState, Verdict
+from rl_jax.types import Parameters, Prompts, Samples, TrainState, Verdict
 
 Metrics = dict[str, Array]
 Ask = Callable[[TrainState, Prompts, Array, Array], tuple[Prompts, Samples, Verdict, Metrics, dict[str, Any]]]
 
 
-def make_ask(recipe: Recipe, network: Network, verdict: collect.Judge | None, *, completion_length: int, end_id: int,
-             pad_id: int, axis: str | None = None) -> Ask:
+def make_ask(recipe: Recipe, network: Network, verdict: collect.Judge | None, *, completion_length: int,
+             stop_ids: tuple[int, ...], pad_id: int, axis: str | None = None, quantise: str = "") -> Ask:
     """Returns ask(state, prompts, uniforms, version) -> (prompts, samples, verdict, metrics, carried).
 
-    Of the state it reads the policy, the control and what is carried.
+    Of the state it reads the policy (and the frozen part of it), the control and what is carried.
 
     Args:
       verdict: (prompts, samples) -> Verdict, from `tasks.judge`; None only without a rollout.
-      completion_length, end_id, pad_id: see `decode.make_rollout`.
+      completion_length, stop_ids, pad_id: see `decode.make_rollout`.
       axis: name of the vmap axis over replicas, if there is one.
+      quantise: draw with a copy of the weights in 8 bits (`quantised.copy`), made anew in every step; "" draws with
+        the weights themselves. The copy is another policy: what it drew is off-policy by as much as it differs.
     """
+    def drawing(state: TrainState) -> Parameters:
+        policy = roles.policy(state)
+        return quantised.copy(policy, quantise) if quantise else policy
+
     if recipe.rollout is None:
         return lambda state, prompts, uniforms, version: (*given_answers(prompts, version), {}, state.carried)
-    ends = {"completion_length": completion_length, "end_id": end_id, "pad_id": pad_id, "axis": axis}
+    ends = {"completion_length": completion_length, "stop_ids": stop_ids, "pad_id": pad_id, "axis": axis}
     if recipe.rollout.window:
-        return _in_windows(recipe, window.make_window(network, recipe.rollout, **ends), verdict)
+        return _in_windows(recipe, window.make_window(network, recipe.rollout, **ends), verdict, drawing)
     whole = decode.make_rollout(network, recipe.rollout, **ends)
 
     def draw(parameters, prompts, uniforms, version, coefficient):
@@ -43,16 +50,17 @@ def make_ask(recipe: Recipe, network: Network, verdict: collect.Judge | None, *,
 
     def ask(state, prompts, uniforms, version):
         coefficient = assemble.namespace(coefficients_of(recipe, state.control))
-        return *found(state.parameters["policy"], prompts, uniforms, version, coefficient), state.carried
+        return *found(drawing(state), prompts, uniforms, version, coefficient), state.carried
 
     return ask
 
 
-def _in_windows(recipe: Recipe, grow: Callable[..., window.Slots], verdict: collect.Judge) -> Ask:
+def _in_windows(recipe: Recipe, grow: Callable[..., window.Slots], verdict: collect.Judge,
+                drawing: Callable[[TrainState], Parameters]) -> Ask:
     def ask(state, prompts, uniforms, version):
         before = state.carried["window"]
         coefficient = assemble.namespace(coefficients_of(recipe, state.control))
-        slots = grow(state.parameters["policy"], before, prompts, uniforms, version, coefficient)
+        slots = grow(drawing(state), before, prompts, uniforms, version, coefficient)
         said, complete = verdict(slots.prompts, slots.samples), slots.samples.complete
         # what the verifier says of half an answer is neither a score nor a failure
         said = dataclasses.replace(said, score=jnp.where(complete, said.score, 0.0), failed=said.failed & complete)

@@ -35,7 +35,7 @@ def experience(prompts: Prompts, samples: Samples, verdict: Verdict, *, coeffici
     group_size = rows // prompts.lengths.shape[0]
     mask = samples.mask & ~failed[:, None]
     return Experience(
-        prompts=prompts, tokens=samples.tokens, mask=mask,
+        prompts=dataclasses.replace(prompts, routes=samples.prompt_routes), routes=samples.routes, tokens=samples.tokens, mask=mask,
         rollout_logp=samples.rollout_logp, rollout_entropy=samples.rollout_entropy, finished=samples.finished,
         version=samples.version, support=samples.support, score=score, reward=score,
         group=group_ids(failed, group_size), parts=verdict.parts, failed=failed, given={},

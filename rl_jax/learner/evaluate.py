@@ -10,9 +10,10 @@ from jaxtyping import Array, Float, UInt32
 from kernels_pallas.linear_logprob import statistics
 from kernels_pallas.linear_logprob.op import linear_logprob
 from kernels_pallas.linear_policy_loss.reference import Head
-from rl_jax.learner import gate, update
-from rl_jax.models import network as networks
+from rl_jax.learner import gate, roles, update
+from rl_jax.models import heads
 from rl_jax.models.network import Network
+from rl_jax.models.routes import Routes
 from rl_jax.recipe import Recipe
 from rl_jax.types import Evaluated, Experience, Parameters, Prompts
 
@@ -29,7 +30,7 @@ def make_evaluate(network: Network, temperature: float, *, implementation: str |
       implementation: of `linear_logprob`; None is the best for the device.
     """
     def evaluate(parameters: dict[str, Parameters], x: Experience) -> Evaluated:
-        hidden = network.hidden(parameters["policy"], x.prompts.tokens, x.prompts.lengths, x.tokens)
+        hidden = _hidden(network, parameters["policy"], x)
         logp, entropy = _of_hidden(network, parameters["policy"], hidden, x, temperature, implementation)
         return Evaluated(logp=logp, entropy=entropy, values=_values(network, parameters, x))
 
@@ -43,9 +44,9 @@ def make_objective(recipe: Recipe, network: Network, temperature: float) -> upda
       temperature: of the rollout; greater than 0.
     """
     def objective(parameters: dict[str, Parameters], x: Experience, weight: Any, share: Float[Array, "N T"]):
-        hidden = network.hidden(parameters["policy"], x.prompts.tokens, x.prompts.lengths, x.tokens)
+        hidden = _hidden(network, parameters["policy"], x)
         head = Head(hidden.reshape(x.tokens.size, -1), network.vocabulary(parameters["policy"]), x.tokens.reshape(-1),
-                    temperature, support=_support(x))
+                    temperature, network.logit_cap, _support(x))
         return gate.with_metrics(gate.of_head(recipe, head, _values(network, parameters, x), x, weight, share))
 
     return objective
@@ -55,14 +56,51 @@ def _values(network: Network, parameters: dict[str, Parameters], x: Experience) 
     if "critic" not in parameters:
         return None
     body, weight = parameters["critic"]["body"], parameters["critic"]["value"]
-    return networks.value_head(network.hidden(body, x.prompts.tokens, x.prompts.lengths, x.tokens), weight)
+    return heads.value(_hidden(network, body, unrouted(x)), weight)
+
+
+def _hidden(network: Network, parameters: Parameters, x: Experience) -> Float[Array, "N T D"]:
+    routes = None if x.routes is None else Routes(x.prompts.routes, x.routes)
+    return network.hidden(parameters, x.prompts.tokens, x.prompts.lengths, x.tokens, routes)
+
+
+def unrouted(x: Experience) -> Experience:
+    """x without routes: the routers of whoever evaluates it choose."""
+    return dataclasses.replace(x, routes=None, prompts=dataclasses.replace(x.prompts, routes=None))
+
+
+def with_routes(recipe: Recipe, network: Network, parameters: Parameters, x: Experience,
+                microbatches: int = 1) -> Experience:
+    """x with the routes that the recipe's updates replay: none, those of the rollout, or the policy's own of now.
+
+    Args:
+      parameters: the policy's whole weights.
+
+    Raises:
+      ValueError: if the rollout's are wanted of a network that mixes experts, and were not recorded.
+    """
+    if recipe.routing == "free" or network.shape.mixtures == 0:
+        return unrouted(x)
+    if recipe.routing == "rollout":
+        if x.routes is None:
+            raise ValueError(f"recipe {recipe.name!r} replays the experts of the rollout, and answers that are given or "
+                             'grow in windows have none recorded: take routing="old" or "free".')
+        return x
+
+    def routes(parameters, x):
+        found = network.routes(parameters, x.prompts.tokens, x.prompts.lengths, x.tokens)
+        return Routes(found.prompt, found.completion)
+
+    found = update.in_parts(routes, parameters, unrouted(x), microbatches)
+    return dataclasses.replace(x, routes=found.completion, prompts=dataclasses.replace(x.prompts, routes=found.prompt))
 
 
 def _of_hidden(network: Network, parameters: Parameters, hidden: Float[Array, "N T D"], x: Experience,
                temperature: float, implementation: str | None) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
     n, t, d = hidden.shape
     logp, entropy = linear_logprob(hidden.reshape(n * t, d), network.vocabulary(parameters), x.tokens.reshape(-1),
-                                   temperature=temperature, support=_support(x), implementation=implementation)
+                                   temperature=temperature, soft_cap=network.logit_cap, support=_support(x),
+                                   implementation=implementation)
     return logp.reshape(n, t), entropy.reshape(n, t)
 
 
@@ -72,14 +110,20 @@ def _support(x: Experience) -> UInt32[Array, "M W"] | None:
 
 def with_models(recipe: Recipe, network: Network, evaluate: update.Evaluate, parameters: dict[str, Parameters],
                 frozen: dict[str, Parameters], x: Experience, microbatches: int = 1) -> Experience:
-    """x with what the recipe's `models` and `views` asked for, and nothing that it did not ask for."""
+    """x with what the recipe's `models` and `views` asked for, and nothing that it did not ask for.
+
+    Args:
+      evaluate: of whole weights.
+      parameters: whole weights by role (`roles.whole`).
+      frozen: the state's.
+    """
     def all_parts(weights, x=x):
         return update.in_parts(evaluate, weights, x, microbatches)
 
     given = dict(x.given)
     for role in ("reference", "teacher"):
         if role in recipe.models:
-            given[f"{role}_logp"] = all_parts({"policy": frozen[role]}).logp
+            given[f"{role}_logp"] = all_parts({"policy": roles.frozen_weights(role, frozen)}, unrouted(x)).logp
     if "old" in recipe.models or "critic" in recipe.models:
         now = all_parts(parameters if "critic" in recipe.models else {"policy": parameters["policy"]})
         if "old" in recipe.models:
@@ -93,7 +137,7 @@ def with_models(recipe: Recipe, network: Network, evaluate: update.Evaluate, par
     x = dataclasses.replace(x, given=jax.lax.stop_gradient(given))
     if not recipe.views:
         return x
-    views = {name: all_parts({"policy": parameters["policy"]}, dataclasses.replace(x, prompts=seen(x))).logp
+    views = {name: all_parts({"policy": parameters["policy"]}, unrouted(dataclasses.replace(x, prompts=seen(x)))).logp
              for name, seen in views_of(recipe).items()}
     return dataclasses.replace(x, views=jax.lax.stop_gradient(views))
 
@@ -112,9 +156,10 @@ def make_moments(network: Network, temperature: float) -> Callable[[dict[str, Pa
     p is the distribution that `make_evaluate` speaks of. No logits are kept, and they are made once.
     """
     def moments(parameters: dict[str, Parameters], x: Experience):
-        hidden = network.hidden(parameters["policy"], x.prompts.tokens, x.prompts.lengths, x.tokens)
+        hidden = _hidden(network, parameters["policy"], x)
         n, t, d = hidden.shape
-        head = statistics.Head(hidden.reshape(n * t, d), network.vocabulary(parameters["policy"]), temperature)
+        head = statistics.Head(hidden.reshape(n * t, d), network.vocabulary(parameters["policy"]), temperature,
+                               network.logit_cap)
         wanted = "second_moment", "third_moment"
         found = statistics.linear_statistics(head, x.tokens.reshape(-1), wanted, support=_support(x))
         square = (hidden.astype(jnp.float32) ** 2).sum(axis=2)

@@ -20,6 +20,7 @@ class Optimiser:
       weight_decay: decoupled, on matrices only.
       clip_norm: global norm above which the gradient is scaled down; 0 switches it off.
       beta1, beta2, epsilon: Adam's.
+      stop_after_skips: steps in a row without a finite gradient after which the run stops.
     """
 
     learning_rate: float = 1e-4
@@ -31,6 +32,7 @@ class Optimiser:
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
+    stop_after_skips: int = 10
 
     def __post_init__(self):
         if self.decay not in DECAYS:
@@ -39,6 +41,8 @@ class Optimiser:
             raise ValueError(f"optimiser learning_rate={self.learning_rate}, clip_norm={self.clip_norm}, "
                              f"warmup_steps={self.warmup_steps}: learning_rate must be positive, the others not "
                              "negative.")
+        if self.stop_after_skips < 1:
+            raise ValueError(f"optimiser stop_after_skips={self.stop_after_skips}: must be at least 1.")
 
 
 def learning_rate(numbers: Optimiser, steps: int) -> Callable:

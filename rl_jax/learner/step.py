@@ -9,8 +9,8 @@ import optax
 from jaxtyping import Array, Key
 
 from rl_jax.learner import ask as asking
-from rl_jax.learner import assemble, carry, collect, diagnostics, evaluate, update
-from rl_jax.models import network as networks
+from rl_jax.learner import assemble, carry, collect, diagnostics, evaluate, roles, update
+from rl_jax.models import lora, mixture, trainable
 from rl_jax.models.network import Network
 from rl_jax.recipe import Recipe
 from rl_jax.rollout import decode
@@ -42,15 +42,16 @@ class Pieces:
 
 def initial_state(recipe: Recipe, network: Network, optimiser: optax.GradientTransformation, key: Key[Array, ""],
                   policy: Parameters | None = None, teacher: Parameters | None = None, *, examples: int = 0,
-                  carried: dict[str, Any] | None = None) -> TrainState:
+                  carried: dict[str, Any] | None = None, train: str = trainable.ALL) -> TrainState:
     """The state before the first step; the key is consumed.
 
     Args:
-      policy: weights to start from; fresh ones if None. The reference and the critic's body are
-        copies of them.
+      policy: weights to start from, without adapters; fresh ones if None. The reference and the
+        critic's body start as they do (`roles.begin`).
       teacher: weights of the teacher, for a recipe that asks for one.
       examples: number of training examples, for a recipe that remembers something of each.
       carried: from `Pieces.carried`, for a recipe that carries rollouts from step to step.
+      train: which weights are trained (`models.trainable.split`); only those have an optimiser state.
 
     Raises:
       ValueError: if the recipe needs a teacher, the number of examples or something carried, and it is not given.
@@ -62,13 +63,11 @@ def initial_state(recipe: Recipe, network: Network, optimiser: optax.GradientTra
         raise ValueError(f"recipe {recipe.name!r} learns from a teacher: give initial_state its weights "
                          "(teacher=...), of the same network.")
     own, fresh = jax.random.split(key)
+    if policy is None or network.adapters is not None:
+        made = network.initialise(fresh)  # of which only the adapters are used, where there are weights
+        policy = made if policy is None else lora.fresh(policy, made)
     # copied: the state is donated to the first step, the caller's weights are not
-    policy = network.initialise(fresh) if policy is None else jax.tree.map(jnp.copy, policy)
-    parameters = {"policy": policy}
-    if "critic" in recipe.models:
-        parameters["critic"] = networks.critic_from(network, policy)
-    given = {"reference": policy, "teacher": teacher}
-    frozen = {role: jax.tree.map(jnp.copy, weights) for role, weights in given.items() if role in recipe.models}
+    parameters, frozen = roles.begin(recipe, network, policy, teacher, train)
     control = {name: one.init(examples) for name, one in recipe.schedule.controls.items()}
     zero = jnp.zeros((), jnp.int32)
     return TrainState(step=zero, key=own, parameters=parameters, optimiser=optimiser.init(parameters), frozen=frozen,
@@ -77,24 +76,24 @@ def initial_state(recipe: Recipe, network: Network, optimiser: optax.GradientTra
 
 def make_pieces(recipe: Recipe, task: tasks.Task, network: Network, optimiser: optax.GradientTransformation,
                 verdict: collect.Judge | None, *, microbatches: int = 1, axis: str | None = None,
-                learning_rate: Callable[[Array], Array] | None = None) -> Pieces:
+                learning_rate: Callable[[Array], Array] | None = None, quantise: str = "") -> Pieces:
     """The draw-and-judge half and the learning half of a step.
 
     Args:
-      task: its tokenizer's end and pad ids and its completion length are read.
+      task: its tokenizer's stop and pad ids and its completion length are read.
       verdict: (prompts, samples) -> Verdict, from `tasks.judge`.
       axis: name of the vmap axis over replicas, if there is one.
       learning_rate: the optimiser's schedule, for the metrics.
+      quantise: see `ask.make_ask`.
     """
     temperature = 1.0 if recipe.rollout is None else recipe.rollout.temperature
     if temperature == 0:
         raise ValueError("rollout temperature=0 draws the same answer every time and leaves nothing to learn; "
                          "give a positive one (1.0 samples the policy itself).")
     ask = asking.make_ask(recipe, network, verdict, completion_length=task.completion_length,
-                          end_id=task.tokenizer.end_id, pad_id=task.tokenizer.pad_id, axis=axis)
-    policy_of = evaluate.make_evaluate(network, temperature)
-    passes = update.make_passes(recipe, policy_of, optimiser, microbatches,
-                                evaluate.make_objective(recipe, network, temperature))
+                          stop_ids=task.tokenizer.stop_ids, pad_id=task.tokenizer.pad_id, axis=axis,
+                          quantise=quantise)
+    policy_of, objective = evaluate.make_evaluate(network, temperature), evaluate.make_objective(recipe, network, temperature)
     replay = 0 if recipe.rollout is None else recipe.rollout.replay
 
     def learn(state: TrainState, prompts: Prompts, samples: Samples, verdict: Verdict):
@@ -107,21 +106,26 @@ def make_pieces(recipe: Recipe, task: tasks.Task, network: Network, optimiser: o
         x = assemble.experience(prompts, samples, verdict, coefficients=coefficients,
                                 seed=jax.random.bits(lots, verdict.failed.shape, jnp.uint32))
         scored = x.mask.any(axis=1) & x.complete  # neither failed nor an empty slot nor half an answer
-        x = evaluate.with_models(recipe, network, policy_of, state.parameters, state.frozen, x, microbatches)
+        balance = {} if x.routes is None else mixture.load(x.routes, x.mask, network.shape.mixture.experts)
+        whole = roles.whole(state.parameters, state.frozen)
+        x = evaluate.with_routes(recipe, network, whole["policy"], x, microbatches)
+        x = evaluate.with_models(recipe, network, policy_of, whole, state.frozen, x, microbatches)
         if samples.given is not None:
             x = dataclasses.replace(x, rollout_logp=jnp.where(samples.given[:, None], x.old_logp, x.rollout_logp))
         x = assemble.with_advantage(recipe, x)
+        of_trained = roles.bound(policy_of, state.frozen)
+        passes = update.make_passes(recipe, of_trained, optimiser, microbatches, roles.bound(objective, state.frozen))
         parameters, optimiser_state, metrics = passes(state.parameters, state.optimiser, x, deal)
         control = state.control
         if control:
-            policy = jax.lax.stop_gradient(update.in_parts(policy_of, state.parameters, x, microbatches))
+            policy = jax.lax.stop_gradient(update.in_parts(of_trained, state.parameters, x, microbatches))
             policy = assemble.hide_policy(policy, x.mask)
             control = {name: one.update(control[name], x, policy, metrics)
                        for name, one in recipe.schedule.controls.items()}
         state = dataclasses.replace(
             state, step=state.step + 1, parameters=parameters, optimiser=optimiser_state, control=control,
             skipped=jnp.where(metrics["gradient/skipped"] > 0, state.skipped + 1, 0), carried=carried)
-        metrics |= {f"control/{name}": value for name, value in coefficients.items()
+        metrics |= balance | {f"control/{name}": value for name, value in coefficients.items()
                     if isinstance(value, jax.Array) and value.ndim == 0}
         if recipe.rollout is not None:
             scored = scored if x.row is None else scored[x.row]
@@ -133,6 +137,7 @@ def make_pieces(recipe: Recipe, task: tasks.Task, network: Network, optimiser: o
             metrics["optimiser/learning_rate"] = jnp.asarray(
                 learning_rate((state.step - 1) * recipe.schedule.updates), jnp.float32)
         trivial = {name: None for name in ("complete", "fresh", "turn") if vars(samples)[name] is None}
+        x = evaluate.unrouted(x)
         return state, metrics, dataclasses.replace(x, seed=None, example=None, domain=None, **trivial)
 
     def uniforms(key: Array, index: Array, prompts: int) -> Array:

@@ -11,32 +11,42 @@ from kernels_pallas import dispatch
 from kernels_pallas.decode_attention.op import decode_attention
 from kernels_pallas.decode_attention.reference import Cache
 from kernels_pallas.prefix_attention.op import prefix_attention
-from kernels_pallas.prefix_attention.visibility import Seen
+from kernels_pallas.prefix_attention.visibility import Options, Seen
+
+PLAIN = Options()
 
 
-def prompt(query: Float[Array, "P S H E"], key: Float[Array, "P S K E"],
-           value: Float[Array, "P S K E"]) -> Float[Array, "P S H E"]:
-    """Causal attention of a prompt to itself. Padding is on the right, so no real token sees it."""
-    if _runs_on_cudnn(query):
-        return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
-    nothing = Seen(jnp.zeros(query.shape[0], jnp.int32))
+def prompt(query: Float[Array, "P S H E"], key: Float[Array, "P S K E"], value: Float[Array, "P S K E"],
+           options: Options = PLAIN) -> Float[Array, "P S H E"]:
+    """Causal attention of a prompt to itself. Padding is on the right, so no real token sees it.
+
+    Args:
+      options: scale, bound and window of the scores.
+    """
+    if options.soft_cap is None and _runs_on_cudnn(query):
+        window = None if options.window is None else (options.window - 1, 0)
+        return jax.nn.dot_product_attention(query, key, value, scale=options.scale, is_causal=True,
+                                            local_window_size=window, implementation="cudnn")
+    nothing = Seen(jnp.zeros(query.shape[0], jnp.int32), options=options)
     return prefix_attention(query, key, value, key[:, :0], value[:, :0], nothing)
 
 
 def shared_prefix(query: Float[Array, "N T H E"], key: Float[Array, "N T K E"], value: Float[Array, "N T K E"],
                   prompt_key: Float[Array, "P S K E"], prompt_value: Float[Array, "P S K E"],
-                  prompt_seen: Int[Array, " P"]) -> Float[Array, "N T H E"]:
+                  prompt_seen: Int[Array, " P"], options: Options = PLAIN) -> Float[Array, "N T H E"]:
     """Attention of completions to one copy of their prompt and, causally, to themselves.
 
     Args:
       query, key, value: of the completions, prompt-major: N = P * G.
       prompt_key, prompt_value: of the prompts.
       prompt_seen: how many of the prompt's first positions may be seen, 0 to S.
+      options: scale, bound and window of the scores.
     """
-    return prefix_attention(query, key, value, prompt_key, prompt_value, Seen(prompt_seen))
+    return prefix_attention(query, key, value, prompt_key, prompt_value, Seen(prompt_seen, options=options))
 
 
-def one_query(query: Float[Array, "P H E"], own: Cache, prompt: Cache) -> Float[Array, "P H E"]:
+def one_query(query: Float[Array, "P H E"], own: Cache, prompt: Cache,
+              options: Options = PLAIN) -> Float[Array, "P H E"]:
     """Attention of one new token per prompt to the prompt's cache and its own; vmapped over the group.
 
     The `vmap` leaves the prompt's cache where it is: the queries of the group become rows of one product with it.
@@ -44,8 +54,9 @@ def one_query(query: Float[Array, "P H E"], own: Cache, prompt: Cache) -> Float[
     Args:
       own: the completions' keys and values [P, K, T, E]; its lengths count the new token.
       prompt: those of the prompts, [P, K, S, E].
+      options: scale, bound and window of the scores.
     """
-    return decode_attention(query, own, prompt)
+    return decode_attention(query, own, prompt, options=options)
 
 
 def _runs_on_cudnn(query: Float[Array, "..."]) -> bool:

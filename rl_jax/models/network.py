@@ -6,9 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Float32, Int, Key
 
-from rl_jax.models import transformer
+from rl_jax.models import lora, transformer
+from rl_jax.models.lora import Adapters
+from rl_jax.models.routes import Routes
+from rl_jax.models.shape import Shape
 from rl_jax.types import Parameters
 
 
@@ -16,35 +19,50 @@ from rl_jax.types import Parameters
 class Network:
     """The transformer's entry points, each with the parameters as its first argument.
 
-    Parameters are a nested dict of float32 arrays.
+    Parameters are a nested dict of arrays. With `adapters`, fresh ones hold low-rank adapters; every entry point also
+    takes weights without them, which are those of the base network.
     """
 
-    shape: transformer.Shape
+    shape: Shape
+    adapters: Adapters | None = None
 
     @functools.cached_property
-    def _graph(self) -> nnx.GraphDef:
-        return nnx.split(nnx.eval_shape(lambda: transformer.Transformer(self.shape, rngs=nnx.Rngs(0))))[0]
+    def graphdef(self) -> nnx.GraphDef:
+        """The module's structure, which `nnx.merge` puts parameters into."""
+        return _graph_of(self.shape, self.adapters)
+
+    @functools.cached_property
+    def _base(self) -> nnx.GraphDef:
+        return _graph_of(self.shape, None)
 
     def initialise(self, key: Key[Array, ""]) -> Parameters:
-        """Fresh parameters; the key is consumed."""
-        module = transformer.Transformer(self.shape, rngs=nnx.Rngs(params=key))
+        """Fresh float32 parameters; the key is consumed."""
+        module = transformer.Transformer(self.shape, rngs=nnx.Rngs(params=key), adapters=self.adapters)
         return nnx.to_pure_dict(nnx.split(module)[1])
 
     def module(self, parameters: Parameters) -> transformer.Transformer:
         """The NNX module that holds these parameters."""
-        return nnx.merge(self._graph, parameters)
+        adapted = self.adapters is not None and lora.there(parameters)
+        return nnx.merge(self.graphdef if adapted else self._base, parameters)
 
     def hidden(self, parameters: Parameters, prompts: Int[Array, "P S"], lengths: Int[Array, " P"],
-               completions: Int[Array, "N T"]) -> Float[Array, "N T D"]:
+               completions: Int[Array, "N T"], routes: Routes | None = None) -> Float[Array, "N T D"]:
         """Hidden states that the completion tokens are drawn from (`Transformer.hidden`)."""
-        return self.module(parameters).hidden(prompts, lengths, completions)
+        return self.module(parameters).hidden(prompts, lengths, completions, routes)[0]
 
-    def prefill(self, parameters: Parameters, prompts: Int[Array, "P S"]) -> Any:
-        """Keys and values of the prompts (`Transformer.prefill`)."""
+    def routes(self, parameters: Parameters, prompts: Int[Array, "P S"], lengths: Int[Array, " P"],
+               completions: Int[Array, "N T"]) -> Routes | None:
+        """The experts that the routers choose for every token; None without mixtures."""
+        return self.module(parameters).hidden(prompts, lengths, completions)[1]
+
+    def prefill(self, parameters: Parameters,
+                prompts: Int[Array, "P S"]) -> tuple[Any, Int[Array, "P S L k"] | None]:
+        """Keys and values of the prompts, and the experts of their tokens (`Transformer.prefill`)."""
         return self.module(parameters).prefill(prompts)
 
     def decode(self, parameters: Parameters, prompt_cache: Any, cache: Any, token: Int[Array, " P"],
-               lengths: Int[Array, " P"], now: Int[Array, ""]) -> tuple[Float[Array, "P D"], Any]:
+               lengths: Int[Array, " P"],
+               now: Int[Array, ""]) -> tuple[Float[Array, "P D"], Any, Int[Array, "P L k"] | None]:
         """One decode step (`Transformer.decode`)."""
         return self.module(parameters).decode(prompt_cache, cache, token, lengths, now)
 
@@ -56,13 +74,20 @@ class Network:
         """The head matrix (`Transformer.vocabulary`)."""
         return self.module(parameters).vocabulary()
 
+    @property
+    def logit_cap(self) -> float | None:
+        """The bound on the logits, in nats; None if they have none."""
+        return self.shape.logit_cap or None
 
-def value_head(hidden: Float[Array, "N T D"], weight: Float[Array, " D"]) -> Float[Array, "N T"]:
-    """hidden . weight: the critic's value of the state before each token, in reward units."""
-    n, t, d = hidden.shape
-    return (hidden.reshape(n * t, d).astype(jnp.float32) @ weight).reshape(n, t)
+    def logits(self, hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"]) -> Float32[Array, "M V"]:
+        """hidden vocabulary^T, summed in float32, within the network's bound.
+
+        Args:
+          vocabulary: the head matrix.
+        """
+        z = jnp.einsum("md,vd->mv", hidden, vocabulary, preferred_element_type=jnp.float32)
+        return z if self.logit_cap is None else self.logit_cap * jnp.tanh(z / self.logit_cap)
 
 
-def critic_from(network: Network, parameters: Parameters) -> Parameters:
-    """A critic's starting point: a copy of the policy's parameters and a value head of zeros."""
-    return {"body": jax.tree.map(jnp.copy, parameters), "value": jnp.zeros((network.shape.width,), jnp.float32)}
+def _graph_of(shape: Shape, adapters: Adapters | None) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: transformer.Transformer(shape, rngs=nnx.Rngs(0), adapters=adapters)))[0]

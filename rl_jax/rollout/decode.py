@@ -4,10 +4,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from kernels_pallas.linear_logprob.support import pack_support
-from rl_jax.models import transformer
+from rl_jax.models import routes, transformer
 from rl_jax.models.network import Network
 from rl_jax.recipe import Rollout
 from rl_jax.rollout import sample
@@ -16,8 +17,8 @@ from rl_jax.types import Parameters, Prompts, Samples
 MOST_SAMPLES = 4096
 
 
-def make_rollout(network: Network, rollout: Rollout, *, completion_length: int, end_id: int, pad_id: int,
-                 axis: str | None = None) -> Callable[..., Samples]:
+def make_rollout(network: Network, rollout: Rollout, *, completion_length: int, stop_ids: tuple[int, ...],
+                 pad_id: int, axis: str | None = None) -> Callable[..., Samples]:
     """Returns draw(parameters, prompts, uniforms, version, coefficient) -> Samples of G answers each, prompt-major.
 
     The group axis is a `vmap` with the prompt's cache at `in_axes=None`: it is never copied. It
@@ -27,28 +28,31 @@ def make_rollout(network: Network, rollout: Rollout, *, completion_length: int, 
 
     Args:
       completion_length: T, the budget in tokens, the end token included.
-      end_id: ends an answer; it is a chosen token and stays in the mask, also where pad_id equals it.
+      stop_ids: each ends an answer; it is a chosen token and stays in the mask, also where pad_id equals it.
       pad_id: fills what follows.
       axis: name of an outer vmap axis (replicas): the loop runs until all of its members have ended.
     """
     group = rollout.group_size
+    stops = np.asarray(stop_ids, np.int32)
 
     def draw(parameters: Parameters, prompts: Prompts, uniforms: Float[Array, "P G T"],
              version: Int[Array, ""], coefficient: Any = None) -> Samples:
         count = prompts.lengths.shape[0]
         head = network.vocabulary(parameters)
-        prompt_cache = network.prefill(parameters, prompts.tokens)
+        prompt_cache, prompt_routes = network.prefill(parameters, prompts.tokens)
         uniforms = jnp.moveaxis(uniforms, 0, 1)
 
         def one_sample(cache, token, uniforms, alive, now):
-            hidden, cache = network.decode(parameters, prompt_cache, cache, token, prompts.lengths, now)
-            logits = jnp.einsum("pd,vd->pv", hidden, head, preferred_element_type=jnp.float32)
+            hidden, cache, chosen = network.decode(parameters, prompt_cache, cache, token, prompts.lengths, now)
+            logits = network.logits(hidden, head)
             uniform = jax.lax.dynamic_index_in_dim(uniforms, now, 1, keepdims=False)
             token, logp, entropy, keep = sample.draw(uniform, logits, rollout, coefficient)
             token = jnp.where(alive, token, pad_id).astype(jnp.int32)
-            support = {} if keep is None else {"support": pack_support(keep)}
+            more = {} if keep is None else {"support": pack_support(keep)}
+            if chosen is not None:
+                more["routes"] = _small(network, chosen)
             drawn = {"tokens": token, "mask": alive, "rollout_logp": jnp.where(alive, logp, 0.0),
-                     "rollout_entropy": jnp.where(alive, entropy, 0.0), **support}
+                     "rollout_entropy": jnp.where(alive, entropy, 0.0), **more}
             return cache, drawn
 
         step = jax.vmap(one_sample, in_axes=(0, 0, 0, 0, None))
@@ -64,7 +68,7 @@ def make_rollout(network: Network, rollout: Rollout, *, completion_length: int, 
             now, cache, token, alive, buffers = carry
             cache, drawn = step(cache, token, uniforms, alive, now)
             buffers = jax.tree.map(lambda b, d: jax.lax.dynamic_update_index_in_dim(b, d, now, 0), buffers, drawn)
-            return now + 1, cache, drawn["tokens"], alive & (drawn["tokens"] != end_id), buffers
+            return now + 1, cache, drawn["tokens"], alive & ~jnp.isin(drawn["tokens"], stops), buffers
 
         def unfinished(carry):
             now, _, _, alive, _ = carry
@@ -76,6 +80,8 @@ def make_rollout(network: Network, rollout: Rollout, *, completion_length: int, 
         carry = (jnp.zeros((), jnp.int32), cache, first, alive, buffers)
         _, _, _, alive, buffers = jax.lax.while_loop(unfinished, body, carry)
         rows = {name: _prompt_major(a) for name, a in buffers.items()}
+        if prompt_routes is not None:
+            rows["prompt_routes"] = _small(network, prompt_routes)
         return Samples(**rows, finished=~alive.T.reshape(-1),
                        version=jnp.full((count * group,), version, jnp.int32))
 
@@ -98,6 +104,10 @@ def make_uniforms(key: Key[Array, ""], prompts: int, group: int, length: int) ->
     identity = jnp.arange(prompts)[:, None] * MOST_SAMPLES + jnp.arange(group)[None, :]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, identity.reshape(-1))
     return jax.vmap(lambda k: jax.random.uniform(k, (length,)))(keys).reshape(prompts, group, length)
+
+
+def _small(network: Network, chosen: Array) -> Array:
+    return chosen.astype(routes.dtype(network.shape.mixture.experts))
 
 
 def _prompt_major(a: Any) -> Array:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.linear_logprob import support
@@ -29,8 +30,8 @@ class Slots:
     busy: Bool[Array, " P"]
 
 
-def make_window(network: Network, rollout: Rollout, *, completion_length: int, end_id: int, pad_id: int,
-                axis: str | None = None) -> Callable[..., Slots]:
+def make_window(network: Network, rollout: Rollout, *, completion_length: int, stop_ids: tuple[int, ...],
+                pad_id: int, axis: str | None = None) -> Callable[..., Slots]:
     """Returns grow(parameters, slots, prompts, uniforms, version, coefficient) -> slots.
 
     A slot that is not busy takes the fresh prompt of its place; a fresh prompt in the place of a
@@ -40,11 +41,12 @@ def make_window(network: Network, rollout: Rollout, *, completion_length: int, e
 
     Args:
       completion_length: T, the budget of a whole answer in tokens, its end included.
-      end_id, pad_id, axis: see `decode.make_rollout`.
+      stop_ids, pad_id, axis: see `decode.make_rollout`.
     """
     window = min(rollout.window, completion_length)
+    stops = np.asarray(stop_ids, np.int32)
     draw = decode.make_rollout(network, dataclasses.replace(rollout, group_size=1, group_size_at_least=1, window=0),
-                               completion_length=window, end_id=end_id, pad_id=pad_id, axis=axis)
+                               completion_length=window, stop_ids=stop_ids, pad_id=pad_id, axis=axis)
 
     def grow(parameters: Parameters, slots: Slots, prompts: Prompts, uniforms: Float[Array, "P G T"],
              version: Int[Array, ""], coefficient: Any = None) -> Slots:
@@ -70,7 +72,7 @@ def make_window(network: Network, rollout: Rollout, *, completion_length: int, e
             return jnp.where(fresh.reshape(*fresh.shape, *[1] * (new.ndim - 2)), new, old)
 
         mask = samples.mask | fresh
-        finished = samples.finished | (allowed & (drawn.tokens == end_id)).any(axis=1)
+        finished = samples.finished | (allowed & jnp.isin(drawn.tokens, stops)).any(axis=1)
         ended = (finished | mask.all(axis=1)).reshape(-1, group).all(axis=1)
         samples = Samples(
             tokens=jnp.where(mask, put(samples.tokens, drawn.tokens), pad_id), mask=mask,

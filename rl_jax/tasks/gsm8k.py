@@ -3,12 +3,14 @@ import json
 import pathlib
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from rl_jax.reward import numeric
+from rl_jax.tasks import chat as chats
 from rl_jax.tasks import task
-from rl_jax.tasks import tokenizer as shipped
+from rl_jax.tasks import tokenizer as tokenizers
 
 ANNOTATION = re.compile("<<[^>]*>>")
 
@@ -22,7 +24,8 @@ def gsm8k(
     completion_length: int = 768,
     validation_size: int = 512,
     seed: int = 0,
-    tokenizer: task.Tokenizer | None = None,
+    tokenizer: str | task.Tokenizer | None = "",
+    chat: Mapping[str, Any] | None = None,
 ) -> task.Task:
     """Problems with a worked solution that ends in "#### <number>"; math-verify compares the number.
 
@@ -37,13 +40,18 @@ def gsm8k(
       completion_length: T, in tokens, the end token included; the longest solution has 711.
       validation_size: problems taken from training.
       seed: fixes which.
-      tokenizer: what the problems are written in; None takes the shipped one.
+      tokenizer: what the problems are written in: one, or a name as `tokenizer.load` has it; "" or None
+        takes the shipped one.
+      chat: None asks in plain text. Otherwise each question is a user turn of the tokenizer's chat
+        template; the mapping may be empty or have "system" (a system turn), "instruction" (a line
+        behind the question, such as one that asks for the answer behind "####") and variables of the
+        template, such as enable_thinking.
 
     Raises:
       ValueError: for files that are missing or hold something else, and for a problem or solution
         that is too long.
     """
-    tokenizer = tokenizer or shipped.load()
+    tokenizer = tokenizers.resolved(tokenizer)
     train, held_out = (_from_files(path, split) if path else _from_tfds(split) for split in ("train", "test"))
     if not 0 <= validation_size < len(train):
         raise ValueError(f"validation_size={validation_size}: there are {len(train)} training problems, and at least "
@@ -53,12 +61,13 @@ def gsm8k(
     chosen = {name: [train[i] for i in np.sort(part) if train[i]["question"] not in held_out_questions]
               for name, part in (("train", order[validation_size:]), ("validation", order[:validation_size]))}
     chosen["held_out"] = held_out
-    splits = {name: tuple(_example(problem, tokenizer, prompt_length, completion_length) for problem in problems)
+    splits = {name: tuple(_example(problem, tokenizer, chat, prompt_length, completion_length) for problem in problems)
               for name, problems in chosen.items() if problems}
+    made_from = chosen if chat is None else {**chosen, "chat": dict(chat)}
     return task.Task(
         name="gsm8k", splits=splits, tokenizer=tokenizer,
         verifier=task.HostVerifier(numeric.Number(), numeric.Number.parts), prompt_length=prompt_length,
-        completion_length=completion_length, fingerprint=task.fingerprint("gsm8k", **chosen),
+        completion_length=completion_length, fingerprint=task.fingerprint("gsm8k", **made_from),
         report="gsm8k: " + ", ".join(f"{name} {len(split)}" for name, split in splits.items()),
         final_answer=numeric.final)
 
@@ -104,10 +113,11 @@ def _checked(problem: Problem) -> Problem:
     return {"question": question, "answer": solution}
 
 
-def _example(problem: Problem, tokenizer: task.Tokenizer, prompt_length: int, completion_length: int) -> task.Example:
-    text = problem["question"] + "\n"
+def _example(problem: Problem, tokenizer: task.Tokenizer, chat: Mapping[str, Any] | None, prompt_length: int,
+             completion_length: int) -> task.Example:
+    question = problem["question"] + ("\n" if chat is None else "")
+    ids, text = chats.prompt(tokenizer, question, chat, prompt_length)
     solution = ANNOTATION.sub("", problem["answer"])
     return task.Example(
-        prompt=task.encoded_prompt(tokenizer, text, prompt_length), text=text,
-        fields={"answer": numeric.stated(solution)[0]},
+        prompt=ids, text=text, fields={"answer": numeric.stated(solution)[0]},
         answer=task.encoded_answer(tokenizer, solution, completion_length))

@@ -102,13 +102,13 @@ def rows_of(prompts: Prompts, samples: Samples) -> tuple[np.ndarray, np.ndarray,
     return np.repeat(example, len(tokens) // len(example)), tokens, mask
 
 
-def drawn_mask(tokens: np.ndarray, end_id: int) -> np.ndarray:
-    """[N, T], True up to and including each row's first end token."""
-    ended = np.cumsum(tokens == end_id, axis=1) - (tokens == end_id)
-    return ended == 0
+def drawn_mask(tokens: np.ndarray, stop_ids: tuple[int, ...]) -> np.ndarray:
+    """[N, T], True up to and including each row's first stop token."""
+    stop = np.isin(tokens, stop_ids)
+    return np.cumsum(stop, axis=1) - stop == 0
 
 
 def texts_of(tokenizer: tasks.Tokenizer, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
-    """The chosen tokens of each row as text, without the end token."""
-    return [tokenizer.decode([int(t) for t in row[keep] if t != tokenizer.end_id])
+    """The chosen tokens of each row as text, without stop tokens."""
+    return [tokenizer.decode([int(t) for t in row[keep] if t not in tokenizer.stop_ids])
             for row, keep in zip(tokens, mask, strict=True)]

@@ -2,8 +2,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rl_jax.tasks import chat as chats
 from rl_jax.tasks import generators, task
-from rl_jax.tasks import tokenizer as shipped
+from rl_jax.tasks import tokenizer as tokenizers
 
 DRAWS_PER_QUESTION = 4
 
@@ -22,7 +23,8 @@ def reasoning_gym(
     completion_length: int = 8,
     keep_after: str = "",
     partial_credit: bool = False,
-    tokenizer: task.Tokenizer | None = None,
+    tokenizer: str | task.Tokenizer | None = "",
+    chat: Mapping[str, Any] | None = None,
 ) -> task.Task:
     """Questions of one generator; its own scorer is the verifier, and correct means full credit.
 
@@ -41,13 +43,18 @@ def reasoning_gym(
       keep_after: only what follows the last of these in a question is asked: ": " leaves the
         arithmetic of "State the final answer to ...: 1 + 2 ="; "" asks the whole question.
       partial_credit: whether the score is the partial credit.
-      tokenizer: what the questions are written in; None takes the shipped one.
+      tokenizer: what the questions are written in: one, or a name as `tokenizer.load` has it; "" or
+        None takes the shipped one.
+      chat: None asks in plain text. Otherwise each question is a user turn of the tokenizer's chat
+        template; the mapping may be empty or have "system" (a system turn), "instruction" (a line
+        behind the question that says how to answer) and variables of the template, such as
+        enable_thinking.
 
     Raises:
       ValueError: for an unknown generator or option, a split that stays empty, or a question or
         answer that is too long.
     """
-    options, tokenizer = dict(options or {}), tokenizer or shipped.load()
+    options, tokenizer = dict(options or {}), tokenizers.resolved(tokenizer)
     sizes = {"held_out": held_out_size, "validation": validation_size, "train": train_size}
     if min(sizes.values()) < 0 or train_size < 1:
         raise ValueError(f"sizes={sizes}: allowed are train_size >= 1 and the others >= 0.")
@@ -58,14 +65,16 @@ def reasoning_gym(
         raise ValueError(f"{generator!r} with options {options} has too few distinct questions, none is left for "
                          f"{' and '.join(empty)} ({report}). Ask for smaller splits, or give options with more "
                          "questions.")
-    examples = {name: tuple(_example(text, entry, tokenizer, prompt_length, completion_length)
+    examples = {name: tuple(_example(text, entry, tokenizer, chat, prompt_length, completion_length)
                             for text, entry in split) for name, split in splits.items() if split}
-    questions = {name: [text for text, _ in split] for name, split in splits.items()}
+    made_from = {name: [text for text, _ in split] for name, split in splits.items()}
+    if chat is not None:
+        made_from["chat"] = dict(chat)
     return task.Task(
         name=f"reasoning_gym.{generator}", splits=examples, tokenizer=tokenizer,
         verifier=task.HostVerifier(generators.Scorer(generator, options, partial_credit), ("partial_credit",)),
         prompt_length=prompt_length, completion_length=completion_length,
-        fingerprint=task.fingerprint(generator, **questions), report=f"{generator}: {report}")
+        fingerprint=task.fingerprint(generator, **made_from), report=f"{generator}: {report}")
 
 
 def _sources(generator: str, options: Mapping[str, Any], seed: int, sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -106,10 +115,12 @@ def _rendered(question: str, keep_after: str) -> str:
 
 
 def _example(
-    text: str, entry: Mapping[str, Any], tokenizer: task.Tokenizer, prompt_length: int, completion_length: int
+    question: str, entry: Mapping[str, Any], tokenizer: task.Tokenizer, chat: Mapping[str, Any] | None,
+    prompt_length: int, completion_length: int
 ) -> task.Example:
     """Some generators have no answer of their own, only a scorer."""
     answer = entry["answer"]
+    ids, text = chats.prompt(tokenizer, question, chat, prompt_length)
     return task.Example(
-        prompt=task.encoded_prompt(tokenizer, text, prompt_length), text=text, fields=dict(entry),
+        prompt=ids, text=text, fields=dict(entry),
         answer=None if answer is None else task.encoded_answer(tokenizer, str(answer), completion_length))

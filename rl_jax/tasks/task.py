@@ -14,19 +14,28 @@ class Tokenizer(Protocol):
     """Text to token ids and back.
 
     `fingerprint` is a digest of the vocabulary: two tokenizers with one fingerprint give the
-    same ids. `pad_id` may equal `end_id`.
+    same ids.
+
+    Attributes:
+      size: V, the largest id plus one.
+      pad_id: fills rows up; may be one of `stop_ids`.
+      end_id: put behind given answers; one of `stop_ids`.
+      stop_ids: every id that ends an answer.
+      begin_ids: put in front of a prompt of plain text.
     """
 
     size: int
     pad_id: int
     end_id: int
+    stop_ids: tuple[int, ...]
+    begin_ids: tuple[int, ...]
     fingerprint: str
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without begin and end tokens."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; the end token and padding have none."""
+        """The text of token ids; stop tokens and padding have none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +136,7 @@ def fingerprint(name: str, **made_from: Any) -> str:
 
 
 def encoded_prompt(tokenizer: Tokenizer, text: str, prompt_length: int) -> list[int]:
-    """The token ids of a question.
+    """The token ids of a question, the tokenizer's begin tokens in front.
 
     Args:
       prompt_length: S, the most tokens it may have.
@@ -135,7 +144,16 @@ def encoded_prompt(tokenizer: Tokenizer, text: str, prompt_length: int) -> list[
     Raises:
       ValueError: if it has more, or none.
     """
-    ids = tokenizer.encode(text)
+    return within([*tokenizer.begin_ids, *tokenizer.encode(text)], text, prompt_length)
+
+
+def within(ids: list[int], text: str, prompt_length: int) -> list[int]:
+    """The ids of a prompt, if there are neither none nor too many.
+
+    Args:
+      text: what they spell, for the error.
+      prompt_length: S, the most there may be.
+    """
     if not 0 < len(ids) <= prompt_length:
         raise ValueError(f"a prompt has {len(ids)} tokens and prompt_length allows 1 to {prompt_length}: "
                          f"{text[:80]!r}. Set prompt_length to at least {max(len(ids), 1)}, or make the questions "

@@ -1,10 +1,14 @@
-"""The SentencePiece tokenizer: any text becomes tokens and comes back exactly."""
+"""The tokenizer of a name, and the SentencePiece one: any text becomes tokens and comes back exactly."""
 import hashlib
 import importlib.resources
 import pathlib
 from collections.abc import Sequence
 
 import sentencepiece
+
+from rl_jax import hub
+from rl_jax.tasks import task
+from rl_jax.tasks.checkpoint_tokenizer import CheckpointTokenizer
 
 SPACE = "▁"
 
@@ -30,6 +34,7 @@ class SentencePiece:
         self.pad_id = pieces.pad_id()
         self.begin_id = pieces.bos_id()
         self.end_id = pieces.eos_id()
+        self.stop_ids, self.begin_ids = (self.end_id,), ()
         self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
         if min(self.pad_id, self.end_id) < 0 or not pieces.is_byte(self._space[0]):
             raise ValueError("the SentencePiece model lacks a padding piece, an end piece or byte fallback; train it "
@@ -53,15 +58,26 @@ def _text_of(pieces: sentencepiece.SentencePieceProcessor, i: int) -> bytes:
     return pieces.id_to_piece(i).replace(SPACE, " ").encode()
 
 
-def load(path: str = "") -> SentencePiece:
-    """The tokenizer shipped with the package, or that of a `.model` file.
+def load(path: str = "") -> task.Tokenizer:
+    """The tokenizer shipped with the package, that of a `.model` file, or that of a published checkpoint.
 
     Args:
-      path: of the file; "" takes the shipped one.
+      path: "" takes the shipped one; the path of a SentencePiece `.model` file; a checkpoint's folder;
+        or "owner/name" on the Hugging Face hub.
+
+    Raises:
+      ValueError: if there is nothing of that name.
     """
     if not path:
         return SentencePiece((importlib.resources.files("rl_jax.tasks") / "tokenizer.model").read_bytes())
+    if not path.endswith(".model"):
+        return CheckpointTokenizer(hub.folder(path))
     if not pathlib.Path(path).is_file():
-        raise ValueError(f"no tokenizer at {path!r}: give the path of a SentencePiece .model file, or \"\" for the "
-                         "shipped one.")
+        raise ValueError(f"no tokenizer at {path!r}: give the path of a SentencePiece .model file, a checkpoint's folder, "
+                         "\"owner/name\" on the Hugging Face hub, or \"\" for the shipped one.")
     return SentencePiece(pathlib.Path(path).read_bytes())
+
+
+def resolved(tokenizer: str | task.Tokenizer | None) -> task.Tokenizer:
+    """A tokenizer as it is; a name, or None for the shipped one, as `load` has it."""
+    return load(tokenizer or "") if tokenizer is None or isinstance(tokenizer, str) else tokenizer

@@ -1,4 +1,7 @@
-"""Checkpoints: the whole state and the data cursor in one directory per step, written in the background."""
+"""Checkpoints: the state and the data cursor in one directory per step, written in the background.
+
+Weights that a phase never changes are written once, in a directory of the phase.
+"""
 import dataclasses
 import json
 import pathlib
@@ -31,6 +34,7 @@ class Checkpoints:
           keep_steps: steps that are kept whatever comes after them, the ends of phases.
         """
         self._path = pathlib.Path(workdir).absolute() / "checkpoints"
+        self._frozen = pathlib.Path(workdir).absolute() / "frozen"
         _check_scores(self._path)
         policies = [checkpoint_managers.LatestN(keep_last), checkpoint_managers.CustomSteps(tuple(keep_steps))]
         if keep_best:
@@ -57,12 +61,13 @@ class Checkpoints:
 
         Args:
           step: of the whole run, the directory's name.
-          cursor: where the data and the phases stand, plain values.
+          cursor: where the data and the phases stand, plain values; `cursor["phase"]` is the phase's number.
           pending: rollouts in flight (two-program mode), a pytree of arrays.
           score: validation pass@1, by which the best are kept.
         """
+        self._keep_frozen(cursor["phase"], state.frozen)
         items = {"parameters": ocp.args.StandardSave(state.parameters), "cursor": ocp.args.JsonSave(cursor),
-                 "training": ocp.args.StandardSave(_without_parameters(state))}
+                 "training": ocp.args.StandardSave(_training(state))}
         if pending is not None:
             items["pending"] = ocp.args.StandardSave(pending)
         self._manager.save(step, args=ocp.args.Composite(**items), metrics={"score": score})
@@ -92,10 +97,10 @@ class Checkpoints:
         Args:
           like: shapes, dtypes and shardings, as arrays or `jax.ShapeDtypeStruct`.
         """
-        rest = _without_parameters(like)
         found = self._restore(step, parameters=ocp.args.StandardRestore(like.parameters),
-                              training=ocp.args.StandardRestore(rest))
-        values = {**found["training"], "parameters": found["parameters"],
+                              training=ocp.args.StandardRestore(_training(like)))
+        frozen = self.restore_frozen(self.cursor(step)["phase"], like.frozen)
+        values = {**found["training"], "parameters": found["parameters"], "frozen": frozen,
                   "key": jax.random.wrap_key_data(found["training"]["key"])}
         # unflattened and not constructed: with replicas every leaf has an axis more
         leaves = jax.tree.leaves([values[field.name] for field in dataclasses.fields(like)])
@@ -108,6 +113,28 @@ class Checkpoints:
     def restore_parameters(self, step: int, like: Any) -> Any:
         """The trained weights of a step, by role."""
         return self._restore(step, parameters=ocp.args.StandardRestore(like))["parameters"]
+
+    def restore_frozen(self, phase: int, like: Any) -> Any:
+        """The weights that a phase never changes, by role, or those of them that `like` has."""
+        if not like:
+            return {}
+        with ocp.StandardCheckpointer() as reader:
+            found = {}
+            for role, shapes in like.items():
+                try:
+                    found[role] = reader.restore(self._frozen / str(phase) / role, shapes)
+                except Exception as error:
+                    raise _unreadable(self._frozen / str(phase), role, error) from error
+            return found
+
+    def _keep_frozen(self, phase: int, frozen: dict[str, Any]) -> None:
+        """Writes each role's weights if they are not there yet; a directory is complete or not there."""
+        missing = {role: tree for role, tree in frozen.items() if not (self._frozen / str(phase) / role).is_dir()}
+        if missing:
+            with ocp.StandardCheckpointer() as writer:
+                for role, tree in missing.items():
+                    writer.save(self._frozen / str(phase) / role, tree)
+                    writer.wait_until_finished()
 
     def _restore(self, step: int, **items: Any) -> Any:
         if step not in self._manager.all_steps():
@@ -141,8 +168,9 @@ def _score(metrics: dict[str, float]) -> float:
     return metrics["score"]
 
 
-def _without_parameters(state: TrainState) -> dict[str, Any]:
-    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name != "parameters"}
+def _training(state: TrainState) -> dict[str, Any]:
+    """The state but for the weights, which have directories of their own."""
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name not in ("parameters", "frozen")}
     return {**fields, "key": _key_data(fields["key"])}
 
 

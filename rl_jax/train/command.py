@@ -18,13 +18,13 @@ def start(main: Callable[[list[str]], None], required: Sequence[str] = ("config"
     try:
         app.run(main)
     except (AttributeError, LookupError, TypeError):  # what ml_collections answers such an override with
-        from rl_jax import experiment  # heavy, and a host verifier's workers import the script
+        from rl_jax import sections  # heavy, and a host verifier's workers import the script
 
         arguments = argparse.ArgumentParser(allow_abbrev=False)
         arguments.add_argument("--config", "-config")
         path, _, given = arguments.parse_known_args()[0].config.partition(":")
         config = runpy.run_path(path)["get_config"](*([given] if given else []))
-        wrong = experiment.misnamed(config, sys.argv[1:])
+        wrong = sections.misnamed(config, sys.argv[1:])
         if wrong is None:
             raise
         sys.exit(f"ValueError: {wrong}")

@@ -26,7 +26,7 @@ def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     Other recipes may be added to a comparison, and another may be its baseline.
 
     Args:
-      config: plain values, as `experiment.plain` gives them.
+      config: plain values, as `sections.plain` gives them.
 
     Raises:
       ValueError: if it has others; shows the difference.
@@ -90,6 +90,9 @@ def first_weights(comparison: Comparison, workdir: pathlib.Path,
         if finished.interrupted:
             raise KeyboardInterrupt
         return jax.tree.map(lambda a: np.broadcast_to(np.asarray(a), (replicas, *a.shape)), finished.policy)
+    if comparison.pretrained is not None:
+        weights = session.pretrained_weights(comparison.pretrained)
+        return jax.tree.map(lambda a: np.broadcast_to(np.asarray(a), (replicas, *a.shape)), weights)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(comparison.run.seed), 0), replicas)
     return jax.device_get(jax.jit(jax.vmap(Network(comparison.shape).initialise))(keys))
 

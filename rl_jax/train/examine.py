@@ -45,11 +45,12 @@ class Examiner:
         """
         if split not in task.splits:
             raise ValueError(f"split={split!r}: task {task.name!r} has {sorted(task.splits)}.")
+        self.network = network
         self._task, self._split, self._workers, self._rollout = task, split, workers, rollout
         self._per_batch = min(problems_per_batch, len(task.splits[split]))
         pure = isinstance(task.verifier, tasks.PureVerifier)
         draw = decode.make_rollout(network, rollout, completion_length=task.completion_length,
-                                   end_id=task.tokenizer.end_id, pad_id=task.tokenizer.pad_id)
+                                   stop_ids=task.tokenizer.stop_ids, pad_id=task.tokenizer.pad_id)
 
         def ask(parameters, prompts, key):
             numbers = decode.make_uniforms(key, prompts.lengths.shape[0], rollout.group_size, task.completion_length)

@@ -53,7 +53,8 @@ class PhaseLoop:
           shown_groups: groups whose experience a tick carries; None carries all.
           mesh: the devices a batch is sharded over; None for one.
         """
-        self.phase, self.task, self.network, self.workers = phase, task, network, workers
+        self.phase, self.task, self.workers = phase, task, workers
+        self.network = dataclasses.replace(network, adapters=phase.adapters)
         numbers = phase.optimiser
         self.optimiser = optimiser.transform(numbers, phase.updates)
         scale, recipe = phase.scale, phase.recipe
@@ -63,8 +64,8 @@ class PhaseLoop:
         if scale.program == "split":
             verdict = no_verdict(task)
         self.pieces = step.make_pieces(
-            recipe, task, network, self.optimiser, verdict, microbatches=scale.microbatches,
-            axis=step.SEED_AXIS if scale.seeds > 1 else None,
+            recipe, task, self.network, self.optimiser, verdict, microbatches=scale.microbatches,
+            axis=step.SEED_AXIS if scale.seeds > 1 else None, quantise=scale.draw_with,
             learning_rate=optimiser.learning_rate(numbers, phase.updates))
         self._fresh, self._warm = self._initialisers()
         self._shown = shown_groups
@@ -80,7 +81,7 @@ class PhaseLoop:
 
         Args:
           key: consumed.
-          policy: weights of the phase before, with the same leading axis; None for fresh ones.
+          policy: weights to start from, without adapters, with the same leading axis; None for fresh ones.
         """
         seeds = self.phase.scale.seeds
         return (self._fresh if policy is None else self._warm)(key if seeds == 1 else jax.random.split(key, seeds),
@@ -93,7 +94,7 @@ class PhaseLoop:
 
         def one(key, policy):
             return step.initial_state(self.phase.recipe, self.network, self.optimiser, key, policy,
-                                      examples=len(examples), carried=self.pieces.carried(like))
+                                      examples=len(examples), carried=self.pieces.carried(like), train=self.phase.scale.train)
 
         if self.phase.scale.seeds == 1:
             return jax.jit(one), jax.jit(one)

@@ -7,7 +7,7 @@ import jax
 import rich.table
 
 from rl_jax.learner import ask as asking
-from rl_jax.learner import assemble, evaluate, update
+from rl_jax.learner import assemble, evaluate, roles, update
 from rl_jax.learner.step import SEED_AXIS
 from rl_jax.train.loop import PhaseLoop
 from rl_jax.types import Experience, Prompts, TrainState
@@ -96,14 +96,14 @@ def table(found: list[Row], title: str) -> rich.table.Table:
 def _rollout(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> list[Row]:
     network, count = loop.network, prompts.lengths.shape[0]
     rows_of_group = count * loop.phase.recipe.group_size
-    policy, length = state.parameters["policy"], loop.task.completion_length
+    policy, length = roles.policy(state), loop.task.completion_length
 
     def prefill(policy, tokens):
-        return network.prefill(policy, tokens)
+        return network.prefill(policy, tokens)[0]
 
     def decode(policy, prompt_cache, cache, token, lengths, now):
-        hidden, cache = network.decode(policy, prompt_cache, cache, token, lengths, now)
-        return hidden @ network.vocabulary(policy).T, cache
+        hidden, cache, _ = network.decode(policy, prompt_cache, cache, token, lengths, now)
+        return network.logits(hidden, network.vocabulary(policy)), cache
 
     one_per_prompt = (policy, jax.eval_shape(prefill, policy, prompts.tokens),
                       jax.eval_shape(lambda p: network.empty_cache(p, count, length), policy),
@@ -119,14 +119,18 @@ def _learning(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> list[Row]
     temperature = 1.0 if recipe.rollout is None else recipe.rollout.temperature
     policy_of = evaluate.make_evaluate(loop.network, temperature)
     x = jax.eval_shape(lambda s, p: _blank_experience(loop, s, p), state, prompts)
-    found = []
+    found, whole = [], roles.whole(state.parameters, state.frozen)
     for role in recipe.models:
-        weights = {"policy": state.frozen[role]} if role in state.frozen else state.parameters
+        of_role = role in ("reference", "teacher")
+        weights = {"policy": roles.frozen_weights(role, state.frozen)} if of_role else whole
         found.append(_analysed(f"{role} forward", policy_of, weights, x))
 
     def gradient(parameters, frozen, x):
-        full = evaluate.with_models(recipe, loop.network, policy_of, parameters, frozen, x)
-        return update.make_gradient(recipe, policy_of)(parameters, assemble.with_advantage(recipe, full))
+        whole = roles.whole(parameters, frozen)
+        x = evaluate.with_routes(recipe, loop.network, whole["policy"], x)
+        full = evaluate.with_models(recipe, loop.network, policy_of, whole, frozen, x)
+        gradient_of = update.make_gradient(recipe, roles.bound(policy_of, frozen))
+        return gradient_of(parameters, assemble.with_advantage(recipe, full))
 
     forwards = sum(row.flops for row in found), sum(row.bytes for row in found)
     whole = _analysed("update: forward and backward", gradient, state.parameters, state.frozen, x)

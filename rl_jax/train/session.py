@@ -1,6 +1,7 @@
 """A run from a config: phases in order, written down, saved, validated, resumable, interruptible."""
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import signal
@@ -12,8 +13,10 @@ import jax
 import numpy as np
 import rich.console
 
-from rl_jax.experiment import Experiment, Phase
+from rl_jax.experiment import Experiment, Phase, Pretrained
+from rl_jax.learner import roles
 from rl_jax.learner import step as steps
+from rl_jax.models import lora, pretrained
 from rl_jax.models.network import Network
 from rl_jax.recipe import Rollout
 from rl_jax.reward import worker
@@ -31,7 +34,8 @@ class Finished:
       interrupted: whether it was asked to stop before its end.
       report: the HTML file.
       checkpoint: the directory of the last checkpoint.
-      policy: the weights, one replica each on a leading axis if there are several.
+      policy: the weights, with adapters where the last phase trained some; one replica each on a leading axis if
+        there are several.
     """
 
     step: int
@@ -157,11 +161,11 @@ class Session:
             self._progress.note(f"resuming {self.workdir} after step {latest}")
 
     def _phases(self, latest: int | None, cursor: dict[str, Any]) -> Finished:
-        policy, reached = None, latest or 0
+        policy, reached = self._start() if latest is None else None, latest or 0
         for index in range(cursor["phase"], len(self.experiment.phases)):
             at = cursor if latest is not None and index == cursor["phase"] else None
             state, reached = self._phase(index, policy, at, latest)
-            policy = state.parameters["policy"]
+            policy = roles.policy(state)
             if self._interrupt.asked:
                 self._progress.note(f"stopped after step {reached}; the same command continues from there")
                 break
@@ -178,7 +182,7 @@ class Session:
         stream = one.stream(self.experiment.run.seed + index)
         done, pending = 0, None
         if at is None:
-            state = one.initial_state(key, policy)
+            state = one.initial_state(key, self._merged(index, policy))
         else:
             state, done, pending = self._restored(one, key, stream, at, latest)
         self._skipped = np.asarray(state.skipped)
@@ -186,6 +190,23 @@ class Session:
             self._plan(one, index, state)
             state, done = self._ticks(one, index, offset, state, stream, done, pending)
         return state, offset + done
+
+    def _start(self) -> Any:
+        """The weights that the first phase starts from; None for fresh ones."""
+        start, scale = self.experiment.pretrained, self.experiment.phases[0].scale
+        if start is None:
+            return None
+        self._progress.note(f"loading {start.path}")
+        found = pretrained_weights(start)
+        if scale.seeds == 1:
+            return found
+        return jax.tree.map(lambda a: jax.numpy.broadcast_to(a, (scale.seeds, *a.shape)), found)
+
+    def _merged(self, index: int, policy: Any) -> Any:
+        """What the phase before leaves to this one: its weights, its adapters merged into them."""
+        if index == 0 or not lora.there(policy):
+            return policy
+        return jax.jit(functools.partial(lora.merged, adapters=self.experiment.phases[index - 1].adapters))(policy)
 
     def _restored(self, one: loop.PhaseLoop, key: Any, stream: Any, at: dict[str, Any], latest: int):
         stream.restore(at["data"])
@@ -272,7 +293,7 @@ class Session:
         task = self.experiment.task
         prompts = [task.splits["train"][int(i)].text for i in x.prompts.example]
         # x.mask leaves out answers that are not learned from; a person wants to read those too
-        drawn = judge.drawn_mask(x.tokens, task.tokenizer.end_id)
+        drawn = judge.drawn_mask(x.tokens, task.tokenizer.stop_ids)
         if x.complete is not None:
             drawn &= x.mask | x.complete[:, None]  # behind an answer that goes on there is padding and no end
         texts = judge.texts_of(task.tokenizer, x.tokens, drawn)
@@ -283,24 +304,31 @@ class Session:
         scale = phase.scale
         for skipped in np.reshape(values["gradient/skipped"], (scale.seeds, scale.steps_per_call)).T:
             self._skipped = np.where(skipped > 0, self._skipped + 1, 0)
-            if self._skipped.max() >= scale.stop_after_skips:
+            if self._skipped.max() >= phase.optimiser.stop_after_skips:
                 raise FloatingPointError(
-                    f"{self._skipped.max()} steps in a row had no finite gradient, as many as scale.stop_after_skips "
+                    f"{self._skipped.max()} steps in a row had no finite gradient, as many as optimiser.stop_after_skips "
                     "allows. The weights are those before them, in the last checkpoint. Lower the learning rate, or "
                     "look for what the loss divides by.")
 
     def _validate(self, tick: loop.Tick, index: int, number: int) -> float:
         run, task = self.experiment.run, self.experiment.task
-        if self._examiner is None:
-            self._examiner = examine.Examiner(self.network, task, "validation", workers=self._workers,
+        if self._examiner is None or self._examiner.network.adapters != self.experiment.phases[index].adapters:
+            network = dataclasses.replace(self.network, adapters=self.experiment.phases[index].adapters)
+            self._examiner = examine.Examiner(network, task, "validation", workers=self._workers,
                                               rollout=Rollout(group_size=run.validation_samples))
         key = jax.random.fold_in(jax.random.fold_in(self._key, 1_000_003), number)
-        found = self._examiner(tick.state.parameters["policy"], key, problems=run.validation_prompts)
+        found = self._examiner(roles.policy(tick.state), key, problems=run.validation_prompts)
         estimate = evaluation.summary(found.scores, found.failed)["pass@1"]
         self._writer.metrics(number, self.names[index], {"validation/pass@1": estimate[0],
                                                          "validation/pass@1_stderr": estimate[1]})
         self._progress.note(f"step {number}: validation pass@1 {estimate[0]:.3f} +- {estimate[1]:.3f}")
         return float(estimate[0]) if np.isfinite(estimate[0]) else checkpoint.NOT_VALIDATED
+
+
+def pretrained_weights(start: Pretrained) -> Any:
+    """The weights of the checkpoint that an experiment starts from, adapters merged into them."""
+    found = pretrained.load(start.path, dtype=start.dtype, scan_layers=start.scan_layers)
+    return lora.merged(found.parameters, found.network.adapters) if found.network.adapters else found.parameters
 
 
 def phase_names(experiment: Experiment) -> list[str]:

@@ -6,6 +6,7 @@ import pathlib
 import jax
 
 from rl_jax import experiment
+from rl_jax.models import trainable
 from rl_jax.models.network import Network
 from rl_jax.train import checkpoint, loop, session
 from rl_jax.types import Parameters
@@ -13,7 +14,7 @@ from rl_jax.types import Parameters
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A run's experiment, network and weights, and the step they are of."""
+    """A run's experiment, network and weights (with adapters where it trained some), and the step they are of."""
 
     experiment: experiment.Experiment
     network: Network
@@ -47,13 +48,16 @@ def load(workdir: pathlib.Path | str, which: str = "best") -> Trained:
             raise ValueError(f"{workdir} was trained with the tokenizer {saved_with}, and the task's is now {given}: "
                              "its weights mean nothing there. Give the task the tokenizer it was trained with.")
         phase = parsed.phases[cursor["phase"]]
-        one = loop.PhaseLoop(dataclasses.replace(phase, recipe=dataclasses.replace(phase.recipe, rollout=None)),
-                             parsed.task, network)
-        like = jax.eval_shape(one.initial_state, jax.random.key(0)).parameters
-        policy = saved.restore_parameters(step, like)["policy"]
+        # neither answers nor what is carried between steps is drawn here
+        plain = dataclasses.replace(phase, recipe=dataclasses.replace(phase.recipe, rollout=None))
+        one = loop.PhaseLoop(plain, parsed.task, network)
+        like = jax.eval_shape(one.initial_state, jax.random.key(0))
+        policy = saved.restore_parameters(step, like.parameters)["policy"]
+        kept = {"policy": like.frozen["policy"]} if "policy" in like.frozen else {}
+        policy = trainable.joined(policy, saved.restore_frozen(cursor["phase"], kept).get("policy", {}))
     if phase.scale.seeds > 1:
         policy = jax.tree.map(lambda a: a[0], policy)
-    return Trained(experiment=parsed, network=network, policy=policy, step=step)
+    return Trained(experiment=parsed, network=one.network, policy=policy, step=step)
 
 
 def _step(saved: checkpoint.Checkpoints, which: str, workdir: pathlib.Path, ends: dict[str, int]) -> int:

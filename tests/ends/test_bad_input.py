@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from rl_jax import experiment
+from rl_jax import experiment, sections
 from rl_jax.tasks import task as tasks
 from rl_jax.tasks.toys import symbols
 from rl_jax.train import metrics, trained
@@ -70,7 +70,7 @@ class Unloadable:
 
 
 def test_an_unknown_field_and_a_group_of_one_are_refused(tmp_path):
-    values = experiment.plain(CONFIG)
+    values = sections.plain(CONFIG)
     with pytest.raises(ValueError, match="config.scale has no field 'step'; allowed are .*steps"):
         experiment.parse(values | {"scale": values["scale"] | {"step": 1}})
     with pytest.raises(ValueError, match="group_size=1: .* needs group_size >= 2"):

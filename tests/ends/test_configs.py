@@ -11,7 +11,7 @@ import pathlib
 import pytest
 import rich.console
 
-from rl_jax import comparison, experiment
+from rl_jax import comparison, experiment, sections
 from rl_jax.train import compare, compare_page
 from tests.ends import tiny
 
@@ -122,7 +122,7 @@ def test_at_toy_size_two_recipes_are_compared_once(path, tmp_path, monkeypatch):
 
     def compared():
         found = comparison.parse(config)
-        compare.claim(tmp_path, experiment.plain(config))
+        compare.claim(tmp_path, sections.plain(config))
         return found, compare.run(found, tmp_path, console=rich.console.Console(file=io.StringIO()))
 
     found, first = compared()

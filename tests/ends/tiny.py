@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 import rich.console
 
-from rl_jax import experiment
+from rl_jax import experiment, sections
 from rl_jax.tasks import task as tasks
 from rl_jax.train import metrics, session
 
@@ -62,7 +62,7 @@ def train(workdir: pathlib.Path, config: ml_collections.ConfigDict, *, task: tas
         *before, last = parsed.phases
         last = dataclasses.replace(last, scale=dataclasses.replace(last.scale, program=program))
         parsed = dataclasses.replace(parsed, phases=(*before, last))
-    session.claim(workdir, experiment.plain(config))
+    session.claim(workdir, sections.plain(config))
     said = io.StringIO()
     one = session.Session(dataclasses.replace(parsed, task=task or parsed.task), workdir,
                           console=rich.console.Console(file=said, width=200))

@@ -30,7 +30,7 @@ def states(pieces, recipe, task, optimiser, prompts, seed=0):
 
 def drawn_at_once(task, rollout, state, prompts):
     """Whole answers of step 0, by the weights of a state."""
-    ends = {"completion_length": task.completion_length, "end_id": task.tokenizer.end_id,
+    ends = {"completion_length": task.completion_length, "stop_ids": task.tokenizer.stop_ids,
             "pad_id": task.tokenizer.pad_id}
     numbers = decode.make_uniforms(jax.random.fold_in(state.key, 0), P, rollout.group_size, task.completion_length)
     return jax.jit(decode.make_rollout(tiny.network(task), rollout, **ends))(

@@ -10,7 +10,7 @@ import optax
 import pytest
 import rich.console
 
-from rl_jax import experiment
+from rl_jax import experiment, sections
 from rl_jax.learner import assemble, carry, step
 from rl_jax.loss import gate, ratio
 from rl_jax.recipe import Recipe, Rollout, replace
@@ -185,7 +185,7 @@ def run(workdir):
     config = ends.config(steps=6, steps_per_call=2, seeds=2, run={"checkpoint_every": 2})
     parsed = experiment.parse(config)
     phase = dataclasses.replace(parsed.phases[0], recipe=BOTH)
-    session.claim(workdir, experiment.plain(config))
+    session.claim(workdir, sections.plain(config))
     console = rich.console.Console(file=io.StringIO())
     return session.Session(dataclasses.replace(parsed, task=CHAIN, phases=(phase,)), workdir, console=console).go()
 

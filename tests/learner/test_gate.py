@@ -8,7 +8,7 @@ import pytest
 
 from kernels_pallas.policy_gate import trace
 from kernels_pallas.policy_gate.op import policy_gate
-from rl_jax import experiment
+from rl_jax import sections
 from rl_jax import recipe as recipes
 from rl_jax.learner import assemble, evaluate, gate, update
 from rl_jax.recipes.baselines import grpo, ppo, sft
@@ -33,9 +33,9 @@ def found_in(recipe):
     return slot, trace.function(slot.gate, "loss", gate.said(policy), {**slot.given, "mask": x.mask}), x, policy
 
 
-@pytest.mark.parametrize("name", experiment.names("rl_jax.recipes"))
+@pytest.mark.parametrize("name", sections.names("rl_jax.recipes"))
 def test_how_far_a_loss_looks_is_read_from_it(name):
-    slot, traced, _, _ = found_in(experiment.find("recipe", "rl_jax.recipes", name)())
+    slot, traced, _, _ = found_in(sections.find("recipe", "rl_jax.recipes", name)())
     assert slot.closed
     assert traced.level == ("row" if name in OF_ROWS | OF_BATCHES else "token")
     assert (traced.obstacle is None) == (name not in OF_BATCHES)  # else no kernel can have it
@@ -44,7 +44,7 @@ def test_how_far_a_loss_looks_is_read_from_it(name):
 @pytest.mark.parametrize("name", ["loss.gspo", "baselines.ppo", "loss.r2vpo", "loss.trpa"])
 def test_the_kernel_has_the_loss_of_whole_arrays(name):
     """Or refuses to run, where it would see a part of what is compared."""
-    recipe = experiment.find("recipe", "rl_jax.recipes", name)()
+    recipe = sections.find("recipe", "rl_jax.recipes", name)()
     slot, _, x, policy = found_in(recipe)
     weight, share = recipe.weighting(x), update.token_share(x)
     run = lambda name: lambda said: policy_gate(slot.gate, said, slot.given, x.mask, weight, share, level=None,

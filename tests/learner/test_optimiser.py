@@ -9,7 +9,7 @@ import pytest
 from rl_jax.learner import optimiser
 from rl_jax.learner.optimiser import Optimiser
 from rl_jax.models.network import Network
-from rl_jax.models.transformer import Shape
+from rl_jax.models.shape import Shape
 
 PEAK, STEPS, WARMUP = 0.4, 10, 4
 

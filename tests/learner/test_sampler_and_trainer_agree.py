@@ -26,7 +26,7 @@ SETTINGS = [{}, {"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.
 
 def rolled_out(rollout):
     """(samples as experience, what the trainer says of them)."""
-    draw = decode.make_rollout(NETWORK, rollout, completion_length=T, end_id=TASK.tokenizer.end_id,
+    draw = decode.make_rollout(NETWORK, rollout, completion_length=T, stop_ids=TASK.tokenizer.stop_ids,
                                pad_id=TASK.tokenizer.pad_id)
     policy_of = evaluate.make_evaluate(NETWORK, rollout.temperature)
 

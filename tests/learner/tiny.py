@@ -9,7 +9,7 @@ import optax
 
 from rl_jax.learner import step
 from rl_jax.models.network import Network
-from rl_jax.models.transformer import Shape
+from rl_jax.models.shape import Shape
 from rl_jax.recipe import Recipe
 from rl_jax.tasks import judge, stream
 from rl_jax.tasks.task import HostVerifier, PureVerifier, Task

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rl_jax.models.transformer import Shape
+from rl_jax.models.shape import Shape
 
 
 def rms(xp, x, scale, epsilon):
@@ -72,18 +72,18 @@ def float64(parameters):
 
 
 def unrolled(parameters):
-    """Parameters with a block per layer, whether the layers were scanned or not."""
+    """Parameters with a block per layer, whether the layers (all of one kind) were scanned or not."""
     blocks = parameters["blocks"]
-    if "query" in blocks:
-        count = len(blocks["query"]["weight"])
-        blocks = {i: jax.tree.map(lambda a, i=i: a[i], blocks) for i in range(count)}
+    if blocks[0]["query"]["weight"].ndim == 3:
+        count = len(blocks[0]["query"]["weight"])
+        blocks = {i: jax.tree.map(lambda a, i=i: a[i], blocks[0]) for i in range(count)}
     return {**parameters, "blocks": blocks}
 
 
 def scanned(parameters):
-    """Parameters with the layers stacked."""
+    """Parameters with the layers, all of one kind, stacked."""
     blocks = parameters["blocks"]
-    return {**parameters, "blocks": jax.tree.map(lambda *a: jnp.stack(a), *(blocks[i] for i in sorted(blocks)))}
+    return {**parameters, "blocks": {0: jax.tree.map(lambda *a: jnp.stack(a), *(blocks[i] for i in sorted(blocks)))}}
 
 
 def perturbed(parameters, seed=0):

@@ -13,7 +13,8 @@ POSITION = np.array([0, 5, 1])
 
 
 def rotated(x, position):
-    return np.asarray(rotary.rotate(jnp.asarray(x, jnp.float32), jnp.asarray(position), BASE))
+    return np.asarray(rotary.rotate(jnp.asarray(x, jnp.float32), jnp.asarray(position),
+                                    rotary.frequencies(x.shape[-1], BASE)))
 
 
 def test_each_pair_is_turned_by_its_angle():
@@ -32,4 +33,4 @@ def test_products_depend_on_the_distance_alone():
 
 
 def test_keeps_the_dtype():
-    assert rotary.rotate(jnp.ones((1, 1, 2), jnp.bfloat16), jnp.ones(1, int), BASE).dtype == jnp.bfloat16
+    assert rotary.rotate(jnp.ones((1, 1, 2), jnp.bfloat16), jnp.ones(1, int), rotary.frequencies(2, BASE)).dtype == jnp.bfloat16

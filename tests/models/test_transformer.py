@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from kernels_pallas.linear_logprob.op import linear_logprob
-from rl_jax.models import network as networks
+from rl_jax.models import heads
 from rl_jax.models import transformer
 from rl_jax.models.network import Network
-from rl_jax.models.transformer import Shape
+from rl_jax.models.shape import Shape
 from tests import numeric
 from tests.models import oracle
 
@@ -102,14 +102,14 @@ def decoded(shape, parameters, prompts, lengths, completions):
 
     @jax.jit
     def all_steps(parameters, prompts, lengths, completions):
-        prompt_cache = network.prefill(parameters, prompts)
+        prompt_cache, _ = network.prefill(parameters, prompts)
         given = jnp.moveaxis(completions.reshape(P, G, T), 1, 0)
         cache = jax.tree.map(lambda a: jnp.stack([a] * G), network.empty_cache(parameters, P, T))
         token = jnp.repeat(transformer.last_token(prompts, lengths)[None], G, axis=0)
         states = []
         for now in range(T):
             step = jax.vmap(lambda c, t, now=now: network.decode(parameters, prompt_cache, c, t, lengths, jnp.int32(now)))
-            hidden, cache = step(cache, token)
+            hidden, cache, _ = step(cache, token)
             states.append(hidden)
             token = given[:, :, now]
         return jnp.moveaxis(jnp.stack(states), (0, 1, 2), (2, 1, 0)).reshape(P * G, T, -1)
@@ -174,11 +174,11 @@ def test_a_fresh_networks_logits_are_of_order_one():
 
 def test_value_head_starts_at_zero_and_is_a_product():
     network, parameters = Network(SHAPE), parameters_of(SHAPE)
-    critic = networks.critic_from(network, parameters)
+    critic = heads.critic_from(network, parameters)
     hidden, weight = (numeric.normal(i, *shape) for i, shape in enumerate(((P * G, T, 16), (16,))))
     np.testing.assert_array_equal(critic["value"], 0.0)
     assert critic["body"]["embedding"] is not parameters["embedding"]
-    found = networks.value_head(jnp.asarray(hidden, jnp.float32), jnp.asarray(weight, jnp.float32))
+    found = heads.value(jnp.asarray(hidden, jnp.float32), jnp.asarray(weight, jnp.float32))
     np.testing.assert_allclose(found, hidden @ weight, rtol=1e-4, atol=1e-5)
 
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from rl_jax import experiment, recipe
+from rl_jax import recipe, sections
 from tests.ends import tiny
 
 CATALOGUE = tiny.ROOT / "rl_jax/recipes/CATALOGUE.md"
@@ -19,7 +19,7 @@ def test_the_catalogue_is_what_the_script_writes():
     done = run("--check")
     assert done.returncode == 0, done.stderr
     text = CATALOGUE.read_text()
-    for name in experiment.names("rl_jax.recipes"):
+    for name in sections.names("rl_jax.recipes"):
         assert f"\n## {name}\n" in text
 
 

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from rl_jax import experiment
+from rl_jax import sections
 from tests.ends import tiny
 
-NAMES = experiment.names("rl_jax.recipes")
+NAMES = sections.names("rl_jax.recipes")
 SHARE = 4
 
 

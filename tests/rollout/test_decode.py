@@ -8,7 +8,7 @@ import pytest
 
 from kernels_pallas.linear_logprob.support import unpack_support
 from rl_jax.models.network import Network
-from rl_jax.models.transformer import Shape
+from rl_jax.models.shape import Shape
 from rl_jax.recipe import Rollout
 from rl_jax.rollout import decode
 from rl_jax.types import Prompts
@@ -29,7 +29,7 @@ def prompts(count=P, seed=0):
 
 
 def make(rollout, network=NETWORK, **options):
-    return decode.make_rollout(network, rollout, **{"completion_length": T, "end_id": END, "pad_id": PAD} | options)
+    return decode.make_rollout(network, rollout, **{"completion_length": T, "stop_ids": (END,), "pad_id": PAD} | options)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,20 @@ def test_an_answer_ends_with_its_end_token_which_is_chosen(pad):
     np.testing.assert_allclose(samples.rollout_logp, np.where(mask, -np.log(V), 0.0), rtol=1e-6)
     np.testing.assert_allclose(samples.rollout_entropy, np.where(mask, np.log(V), 0.0), rtol=1e-6)
     assert samples.support is None
+
+
+@pytest.mark.parametrize("pad", [PAD, 5])
+def test_an_answer_ends_at_the_first_of_several_stop_tokens(pad):
+    """Tokens 1 and 5 both end: each is chosen, also where padding has its id."""
+    samples = jax.jit(make(Rollout(G), stop_ids=(END, 5), pad_id=pad))(
+        UNIFORM_POLICY, prompts(), scripted([[2, 3, 1, 5, 5], [5, 1, 5, 5, 5], [2, 2, 2, 2, 2], [4, 4, 4, 4, 5],
+                                             [1, 1, 1, 1, 1], [0, 0, 5, 1, 6]]), jnp.int32(0))
+    np.testing.assert_array_equal(samples.mask.sum(axis=1), [3, 1, 5, 5, 1, 3])
+    np.testing.assert_array_equal(samples.finished, [True, True, False, True, True, True])
+    np.testing.assert_array_equal([row[mask][-1] for row, mask in zip(np.asarray(samples.tokens), np.asarray(
+        samples.mask), strict=True)], [1, 5, 2, 5, 1, 5])
+    np.testing.assert_array_equal(np.asarray(samples.tokens)[~np.asarray(samples.mask)], pad)
+    assert (np.asarray(samples.rollout_logp)[np.asarray(samples.mask)] != 0).all()
 
 
 class Watched(Network):

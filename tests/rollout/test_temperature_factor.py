@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rl_jax.models.network import Network
-from rl_jax.models.transformer import Shape
+from rl_jax.models.shape import Shape
 from rl_jax.recipe import Rollout
 from rl_jax.recipes.loss import hapo_heterogeneous
 from rl_jax.rollout import decode, sample
@@ -32,7 +32,7 @@ def prompts():
 
 
 def drawn(rollout, statistics):
-    run = decode.make_rollout(NETWORK, rollout, completion_length=T, end_id=1, pad_id=0)
+    run = decode.make_rollout(NETWORK, rollout, completion_length=T, stop_ids=(1,), pad_id=0)
 
     def of_state(numbers, state):
         return run(PARAMETERS, prompts(), numbers, jnp.int32(0), types.SimpleNamespace(entropies=state))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rl_jax.models.network import Network
-from rl_jax.models.transformer import Shape
+from rl_jax.models.shape import Shape
 from rl_jax.recipe import Rollout
 from rl_jax.rollout import decode, window
 from rl_jax.types import Prompts
@@ -39,7 +39,7 @@ def empty(rollout, count=P):
 @functools.cache
 def grower(rollout):
     """The compiled step, once for each way to draw."""
-    return jax.jit(window.make_window(NETWORK, rollout, completion_length=T, end_id=END, pad_id=PAD))
+    return jax.jit(window.make_window(NETWORK, rollout, completion_length=T, stop_ids=(END,), pad_id=PAD))
 
 
 def uniforms(seed, group=G):
@@ -71,7 +71,8 @@ def test_three_windows_are_one_draw(setting, size):
     """Same random numbers and weights; windows that divide T and one that does not. What every place asks first ends
     somewhere: all those answers are compared, whatever is asked in their neighbours' places meanwhile."""
     rollout = Rollout(G, window=size, **setting)
-    whole = jax.jit(decode.make_rollout(NETWORK, Rollout(G, **setting), completion_length=T, end_id=END, pad_id=PAD))
+    whole = jax.jit(decode.make_rollout(NETWORK, Rollout(G, **setting), completion_length=T, stop_ids=(END,),
+                                        pad_id=PAD))
     expected = whole(PARAMETERS, prompts(1), uniforms(1), jnp.int32(0))
     steps, ended = grown(rollout, -(-T // size)), {}
     for k, slots in enumerate(steps):
@@ -97,8 +98,25 @@ def test_three_windows_are_one_draw(setting, size):
             assert found.support is None
 
 
+def test_windows_end_at_either_of_two_stop_tokens():
+    """The oracle is one draw with the same two; here both of them end some answer."""
+    ends = {"completion_length": T, "stop_ids": (END, 3), "pad_id": PAD}
+    expected = jax.jit(decode.make_rollout(NETWORK, Rollout(G), **ends))(
+        PARAMETERS, prompts(1), uniforms(1), jnp.int32(10))
+    grow, rollout = jax.jit(window.make_window(NETWORK, Rollout(G, window=2), **ends)), Rollout(G, window=2)
+    slots = empty(rollout)
+    for _ in range(-(-T // 2)):
+        before, slots = slots, grow(PARAMETERS, slots, prompts(1), uniforms(1), jnp.int32(10))
+        for place in np.flatnonzero(~np.asarray(slots.busy)):
+            rows = slice(place * G, (place + 1) * G)
+            np.testing.assert_array_equal(rows_of(slots, place, G).tokens, np.asarray(expected.tokens)[rows])
+            np.testing.assert_array_equal(rows_of(slots, place, G).finished, np.asarray(expected.finished)[rows])
+    last = np.asarray(expected.tokens)[np.arange(P * G), np.asarray(expected.mask).sum(axis=1) - 1]
+    assert {END, 3} <= set(last[np.asarray(expected.finished)])
+
+
 def test_a_window_as_long_as_the_answer_is_one_draw():
-    whole = jax.jit(decode.make_rollout(NETWORK, Rollout(G), completion_length=T, end_id=END, pad_id=PAD))
+    whole = jax.jit(decode.make_rollout(NETWORK, Rollout(G), completion_length=T, stop_ids=(END,), pad_id=PAD))
     expected = whole(PARAMETERS, prompts(1), uniforms(1), jnp.int32(10))
     (slots,) = grown(Rollout(G, window=T + 3), 1)
     assert not slots.busy.any() and slots.samples.complete.all()
@@ -201,7 +219,7 @@ def test_each_window_is_drawn_by_the_weights_of_its_step():
 def test_replicas_change_nothing():
     """Under a named axis, as each alone."""
     rollout = Rollout(G, window=2)
-    run = jax.vmap(window.make_window(NETWORK, rollout, completion_length=T, end_id=END, pad_id=PAD, axis="seed"),
+    run = jax.vmap(window.make_window(NETWORK, rollout, completion_length=T, stop_ids=(END,), pad_id=PAD, axis="seed"),
                    (None, 0, None, 0, None), axis_name="seed")
     both = jax.tree.map(lambda a: jnp.stack([a, a]), empty(rollout))
     numbers = jnp.stack([scripted(FIRST), scripted(THIRD)])

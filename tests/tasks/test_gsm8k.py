@@ -5,7 +5,10 @@ import types
 
 import pytest
 
-from rl_jax.tasks import gsm8k, stream
+from rl_jax import experiment
+from rl_jax.tasks import chat, gsm8k, stream
+from tests.ends import tiny
+from tests.tasks import checkpoints
 
 PUBLISHED = pathlib.Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 
@@ -78,6 +81,50 @@ def test_missing_and_empty_files(path, tmp_path):
 def test_refused_validation_size(path, size):
     with pytest.raises(ValueError, match="20 training problems"):
         gsm8k.gsm8k(path, validation_size=size)
+
+
+CHAT = {"system": "Count.", "instruction": "Answer behind ####.", "enable_thinking": False}
+
+
+def test_problems_as_chats(path):
+    """A user turn with the generation prompt; the solution ends with the token that ends turns."""
+    task = gsm8k.gsm8k(path, validation_size=5, tokenizer=str(checkpoints.FOLDER / "chatml"), chat=CHAT)
+    plain = gsm8k.gsm8k(path, validation_size=5)
+    asked = chat.Chat(task.tokenizer)
+    for example, same in zip(task.splits["held_out"], plain.splits["held_out"], strict=True):
+        question = f"{same.text.removesuffix(chr(10))}\nAnswer behind ####."
+        messages = [{"role": "system", "content": "Count."}, {"role": "user", "content": question}]
+        assert example.prompt == asked.ids(messages, add_generation_prompt=True, enable_thinking=False)
+        assert example.fields == same.fields and example.answer[-1] == task.tokenizer.end_id
+        assert task.tokenizer.decode(example.answer) == plain.tokenizer.decode(same.answer)
+    fingerprints = {plain.fingerprint, task.fingerprint}
+    fingerprints.add(gsm8k.gsm8k(path, validation_size=5, tokenizer=task.tokenizer, chat={}).fingerprint)
+    assert len(fingerprints) == 3
+    assert gsm8k.gsm8k(path, validation_size=5, tokenizer=task.tokenizer).fingerprint == plain.fingerprint
+
+
+def test_plain_problems_with_a_checkpoint_s_tokenizer_begin_as_it_does(path):
+    task = gsm8k.gsm8k(path, validation_size=0, tokenizer=str(checkpoints.FOLDER / "headers"))
+    example = task.splits["train"][0]
+    assert example.prompt == [*task.tokenizer.begin_ids, *task.tokenizer.encode(example.text)] and example.text[-1] == "\n"
+
+
+@pytest.mark.parametrize("arguments", [{}, {"tokenizer": ""}, {"tokenizer": None, "chat": None}, {
+    "tokenizer": str(checkpoints.FOLDER / "chatml"), "chat": CHAT}, {
+    "tokenizer": str(checkpoints.FOLDER / "headers"), "chat": {}}], ids=str)
+def test_tokenizer_and_chat_pass_through_a_config(path, arguments):
+    found = experiment.parse(tiny.config(task="gsm8k", task_args={"path": path, "validation_size": 5, **arguments}))
+    made = gsm8k.gsm8k(path, validation_size=5, **arguments)
+    assert found.task.splits == made.splits and found.task.fingerprint == made.fingerprint
+    assert found.shape.vocabulary == made.tokenizer.size
+
+
+@pytest.mark.parametrize(("arguments", "named"), [
+    ({"tokenizer": 3}, "config.task.args.tokenizer=3 is of type int"), ({"chat": "a"}, "config.task.args.chat='a'"),
+    ({"chat": {}}, "needs the tokenizer of a published checkpoint"), ({"tokenizer": "./none"}, "neither a folder that")])
+def test_wrong_tokenizers_and_chats_in_a_config(path, arguments, named):
+    with pytest.raises(ValueError, match=named):
+        experiment.parse(tiny.config(task="gsm8k", task_args={"path": path, "validation_size": 5, **arguments}))
 
 
 def stand_in(monkeypatch, data_source):

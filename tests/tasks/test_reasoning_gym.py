@@ -6,6 +6,7 @@ import pytest
 from rl_jax.reward import worker
 from rl_jax.tasks import reasoning_gym, stream
 from rl_jax.tasks.toys import symbols
+from tests.tasks import checkpoints
 
 SMALL = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 
@@ -88,6 +89,19 @@ def test_a_generator_without_answers_has_none_to_learn_from():
 def test_another_tokenizer():
     task = make(keep_after=": ", tokenizer=symbols.Symbols("0123456789+-= "), prompt_length=16)
     assert task.tokenizer.decode(task.splits["train"][0].prompt) == task.splits["train"][0].text
+
+
+def test_questions_as_chats():
+    sizes = {"train_size": 4, "validation_size": 2, "held_out_size": 2, "prompt_length": 90, "completion_length": 12}
+    arguments = {"keep_after": ": ", "tokenizer": str(checkpoints.FOLDER / "headers"), **sizes}
+    plain, task = make(**arguments), make(**arguments, chat={"instruction": "Only the number."})
+    for example, same in zip(task.splits["train"], plain.splits["train"], strict=True):
+        assert example.text == ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n" + same.text +
+                                "\nOnly the number.<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
+        assert example.prompt == task.tokenizer.encode(example.text)
+        assert example.answer == same.answer and example.answer[-1] == task.tokenizer.end_id
+        assert same.prompt == [*task.tokenizer.begin_ids, *task.tokenizer.encode(same.text)]
+    assert task.fingerprint != plain.fingerprint
 
 
 @pytest.mark.parametrize("sizes", [{"train_size": 0}, {"held_out_size": -1}])

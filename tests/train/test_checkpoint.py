@@ -33,7 +33,7 @@ def state(seed: int = 0) -> TrainState:
     gradient = jax.tree.map(lambda a: a * 0.3, parameters)
     updated = optimiser.update(gradient, optimiser.init(parameters), parameters)[1]
     return TrainState(step=jnp.asarray(seed + 7, jnp.int32), key=jax.random.fold_in(jax.random.key(3), seed),
-                      parameters=parameters, optimiser=updated, frozen={"reference": parameters["policy"]},
+                      parameters=parameters, optimiser=updated, frozen={"reference": {"w": jnp.asarray([[1 / 3], [2 / 7]], jnp.float32)}},
                       control={"beta": CONTROL.init(64)}, skipped=jnp.asarray(2, jnp.int32), carried={})
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import rich.console
 
-from rl_jax import experiment
+from rl_jax import experiment, sections
 from rl_jax.recipe import replace
 from rl_jax.recipes.baselines.grpo import grpo
 from rl_jax.recipes.baselines.reinforce import reinforce
@@ -89,7 +89,7 @@ def test_replicas_in_turn_are_those_side_by_side(compared, monkeypatch, tmp_path
 
 def test_all_start_from_the_weights_that_were_made_once(tmp_path):
     comparison = dataclasses.replace(tiny_comparison.comparison(RECIPES), before=(experiment.phase(
-        experiment.plain(warm_start()), "config.before[0]"),))
+        sections.plain(warm_start()), "config.before[0]"),))
     console = rich.console.Console(file=io.StringIO())
     weights = compare.first_weights(comparison, tmp_path, console)
     trained, _ = tiny.train(tmp_path / "alone", tiny.config(recipe="baselines.sft", steps=3))
@@ -107,10 +107,10 @@ def test_answers_that_were_asked_to_replace_others_are_counted(tmp_path):
 
 
 def test_another_config_is_refused_with_the_difference(tmp_path):
-    plain = experiment.plain(tiny_comparison.get_config())
+    plain = sections.plain(tiny_comparison.get_config())
     compare.claim(tmp_path, plain)
     compare.claim(tmp_path, {**plain, "baseline": "grpo"})
-    compare.claim(tmp_path, experiment.plain(tiny_comparison.get_config("baselines.reinforce,baselines.rloo")))
+    compare.claim(tmp_path, sections.plain(tiny_comparison.get_config("baselines.reinforce,baselines.rloo")))
     with pytest.raises(ValueError, match=r"config\.scale\.seeds: there 2, now 3"):
         compare.claim(tmp_path, {**plain, "scale": {**plain["scale"], "seeds": 3}})
     other = json.loads(json.dumps(plain))

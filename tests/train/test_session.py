@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl_jax import experiment
+from rl_jax import experiment, sections
 from rl_jax.recipe import replace
 from rl_jax.tasks.toys import symbols
 from rl_jax.train import checkpoint, metrics, session, trained
@@ -48,7 +48,7 @@ def test_phases_follow_each_other(two_phases):
         *((k, "sft") for k in range(1, 6)), *((k, "grpo") for k in range(6, 13))]
     assert "sft: 5 steps, compiled in" in said and "grpo: 7 steps, compiled in" in said
     assert {row["run_phase"] for row in json.loads((workdir / "plan.json").read_text())} == {"sft", "grpo"}
-    assert json.loads((workdir / "config.json").read_text()) == experiment.plain(CONFIG)
+    assert json.loads((workdir / "config.json").read_text()) == sections.plain(CONFIG)
     assert sum(row["gradient/norm"] > 1e-3 for row in rows(workdir)[5:]) >= 5, "there is something to learn"
 
 
@@ -59,9 +59,9 @@ def test_the_second_phase_starts_with_the_weights_of_the_first(two_phases, tmp_p
         end_of_first = saved.restore_parameters(5, {"policy": found})["policy"]
     first = rows(workdir)[5]
     assert first["step"] == 6 and abs(first["policy/kl_reference"]) < 1e-6, "the reference is the warm start"
-    directory = workdir / "checkpoints" / "12" / "training"
     with checkpoint.ocp.StandardCheckpointer() as saved:
-        assert tiny.bits(saved.restore(directory)["frozen"]["reference"]) == tiny.bits(end_of_first)
+        assert tiny.bits(saved.restore(workdir / "frozen" / "1" / "reference")) == tiny.bits(end_of_first)
+    assert not (workdir / "frozen" / "0").exists(), "the first phase has no reference"
 
 
 def test_validation_is_written_and_the_best_is_kept(two_phases):
@@ -110,7 +110,7 @@ def test_a_finished_run_started_again_changes_nothing(two_phases):
 def test_another_config_is_refused_with_the_difference(two_phases):
     workdir, _, _ = two_phases
     behind = tiny.left_behind(workdir)
-    other = experiment.plain(CONFIG)
+    other = sections.plain(CONFIG)
     other["before"][0]["scale"]["steps"], other["optimiser"]["weight_decay"] = 6, 0.5
     with pytest.raises(ValueError) as refusal:
         session.claim(workdir, other)
@@ -119,12 +119,12 @@ def test_another_config_is_refused_with_the_difference(two_phases):
     assert "config.before[0].scale.steps: there 5, now 6" in said and "config.run" not in said
     assert "another --workdir" in said
     with pytest.raises(ValueError, match=r"config\.before: there 'absent', now \[\]|config\.before\[0\]"):
-        session.claim(workdir, experiment.plain(tiny.config(recipe="baselines.grpo")))
+        session.claim(workdir, sections.plain(tiny.config(recipe="baselines.grpo")))
     assert tiny.left_behind(workdir) == behind
 
 
 def test_the_same_config_is_accepted_in_another_order(tmp_path):
-    values = experiment.plain(CONFIG)
+    values = sections.plain(CONFIG)
     session.claim(tmp_path / "run", values)
     session.claim(tmp_path / "run", dict(reversed(values.items())))
     assert not list((tmp_path / "run").glob("*.unfinished"))
@@ -205,7 +205,7 @@ def not_finite(parsed, when):
 
 def test_a_run_without_a_finite_gradient_stops(tmp_path):
     """After so many steps in a row, counted per replica; the weights are those before them."""
-    parsed = not_finite(experiment.parse(tiny.config(steps=20, stop_after_skips=4, steps_per_call=2, seeds=3)), when=4)
+    parsed = not_finite(experiment.parse(tiny.config(steps=20, optimiser={"stop_after_skips": 4}, steps_per_call=2, seeds=3)), when=4)
     console = session.rich.console.Console(file=open(tmp_path / "said", "w"))
     with console.file, pytest.raises(FloatingPointError, match="4 steps in a row had no finite gradient.*learning rate"):
         session.Session(parsed, tmp_path, console=console).go()
@@ -218,7 +218,7 @@ def test_a_run_without_a_finite_gradient_stops(tmp_path):
 
 
 def test_skips_are_counted_across_a_resume(tmp_path):
-    parsed = not_finite(experiment.parse(tiny.config(steps=20, stop_after_skips=6, run={"checkpoint_every": 1})), when=2)
+    parsed = not_finite(experiment.parse(tiny.config(steps=20, optimiser={"stop_after_skips": 6}, run={"checkpoint_every": 1})), when=2)
     console = session.rich.console.Console(file=open(tmp_path / "said", "w"))
     with console.file:
         with tiny.stopped_after(4):

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from rl_jax import experiment
+from rl_jax import experiment, sections
 from rl_jax.models.network import Network
 from rl_jax.recipe import Rollout
 from rl_jax.tasks import task as tasks
@@ -55,7 +55,7 @@ def test_what_is_not_there_is_refused(run, which, said):
 def test_a_directory_without_checkpoints_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no run"):
         trained.load(tmp_path)
-    tiny.session.claim(tmp_path, experiment.plain(CONFIG))
+    tiny.session.claim(tmp_path, sections.plain(CONFIG))
     with pytest.raises(ValueError, match="no finished checkpoint yet: train it first"):
         trained.load(tmp_path)
 

@@ -37,6 +37,16 @@ class Symbols:
         return END
 
     @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """(1,)."""
+        return (END,)
+
+    @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """None."""
+        return ()
+
+    @property
     def fingerprint(self) -> str:
         """A digest of the characters in their order."""
         return task.fingerprint("symbols", characters=self.characters)
