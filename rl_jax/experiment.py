@@ -185,7 +185,7 @@ def pretrained_section(path: str, **overrides: Any) -> ml_collections.ConfigDict
 
 def section(cls: type, **overrides: Any) -> ml_collections.ConfigDict:
     """The config section of a dataclass of plain values, such as `Optimiser`, `Scale` or `Run`, defaults filled in."""
-    return ml_collections.ConfigDict(dataclasses.asdict(cls(**overrides)))
+    return ml_collections.ConfigDict(dataclasses.asdict(typed(cls, overrides, cls.__name__)))
 
 
 def parse(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:

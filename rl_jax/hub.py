@@ -25,8 +25,8 @@ def folder(path_or_id: str) -> pathlib.Path:
         return path
     name = NAME.fullmatch(path_or_id)
     if name is None:
-        raise ValueError(f"{path_or_id!r} is neither a folder that exists nor a repository of the Hugging Face hub: give "
-                         "the path of a checkpoint's folder, or \"owner/name\" or \"owner/name@revision\".")
+        raise ValueError(f"{path_or_id!r} is neither a folder that exists nor a repository of the Hugging Face hub: "
+                         "give the path of a checkpoint's folder, or \"owner/name\" or \"owner/name@revision\".")
     try:
         import huggingface_hub
         from huggingface_hub import errors
@@ -37,13 +37,13 @@ def folder(path_or_id: str) -> pathlib.Path:
         return pathlib.Path(huggingface_hub.snapshot_download(
             name["repository"], revision=name["revision"], allow_patterns=list(PATTERNS)))
     except errors.GatedRepoError as error:
-        wrong = (f"{name['repository']} is gated: accept its terms on its page while logged in, then `hf auth login` here "
-                 f"or set HF_TOKEN ({error})")
+        wrong = (f"{name['repository']} is gated: accept its terms on its page while logged in, then `hf auth login` "
+                 f"here or set HF_TOKEN ({error})")
     except errors.RevisionNotFoundError as error:
         wrong = f"{name['repository']} has no revision {name['revision']!r} ({error})"
     except errors.RepositoryNotFoundError as error:
-        wrong = ("there is no such folder, and the hub knows no such repository or lets only those see it who are logged "
-                 f"in (`hf auth login`, or set HF_TOKEN): {error}")
+        wrong = ("there is no such folder, and the hub knows no such repository or lets only those see it who are "
+                 f"logged in (`hf auth login`, or set HF_TOKEN): {error}")
     except errors.HFValidationError as error:
         wrong = f"there is no such folder, and the hub has no such names: {error}"
     except OSError as error:  # no network, switched off by HF_HUB_OFFLINE, a full disk

@@ -1,9 +1,9 @@
 """Tiny random checkpoints and what `transformers` and `peft` say about them: tests/models/golden/.
 
-Command: python scripts/make_golden_checkpoints.py --output=tests/models/golden
-Needs: pip install torch==2.13.0 transformers==5.24.0 peft==0.21.2 (scripts/test_parity.sh makes such an environment); from
-the repository's root, about 20 seconds on one CPU core. The same versions give the same checkpoints bit for bit, and the
-same expected numbers but for the rounding of another processor. That each special feature moves the logits is asserted.
+Command: python scripts/make_golden_checkpoints.py --folder=tests/models/golden
+Needs: pip install torch==2.13.0 transformers==5.24.0 peft==0.21.2 (scripts/test_parity.sh makes such an environment);
+from the repository's root, about 20 seconds on one CPU core. The same versions give the same checkpoints bit for bit, and
+the same expected numbers but for another processor's rounding. That each special feature moves the logits is asserted.
 """
 import copy
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-OUTPUT = flags.DEFINE_string("output", "tests/models/golden", "The folder that the checkpoints' folders are written to.")
+FOLDER = flags.DEFINE_string("folder", "tests/models/golden", "Where the folder of each checkpoint is written.")
 
 TEXTS, LENGTH, PROMPT, GREEDY = 2, 40, 6, 64
 SMALLEST_MARGIN = 1e-2  # between the first and the second logit at every greedy step
@@ -25,9 +25,9 @@ SMALLEST_MOVE = 1e-2  # of some logit, when a feature is switched off
 SMALLEST_MOVES = {"tanh": 1e-3}  # the two GELUs differ by less than 5e-4
 FEWEST_TOKENS = 6  # different ones in a greedy answer
 MOST_BYTES = 250_000  # in a folder
-SIZES = {"vocab_size": 160, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 2,
-         "eos_token_id": 3, "rms_norm_eps": 0.02}
+SIZES = {"vocab_size": 160, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0,
+         "bos_token_id": 2, "eos_token_id": 3, "rms_norm_eps": 0.02}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}
 LOCAL = {"rope_type": "default", "rope_theta": 100.0}
@@ -112,8 +112,8 @@ FAMILIES = {
 def fill(model: Any, seed: int, dtype: str = "float32") -> Any:
     """The model with random parameters, float32 numbers that `dtype` can hold.
 
-    Linear maps have standard deviation 1 / sqrt(inputs), embeddings 0.2, biases and what norms add to their neutral value
-    0.3: activations of order 1, so that nothing that is done to them goes unseen.
+    Linear maps have standard deviation 1 / sqrt(inputs), embeddings 0.2, biases and what norms add to their neutral
+    value 0.3: activations of order 1, so that nothing that is done to them goes unseen.
     """
     import torch
 
@@ -299,7 +299,7 @@ def make(folder: pathlib.Path) -> None:
 def main(_: list[str]) -> None:
     """Writes, and prints what each checkpoint shows."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    make(pathlib.Path(OUTPUT.value))
+    make(pathlib.Path(FOLDER.value))
 
 
 if __name__ == "__main__":

@@ -76,7 +76,8 @@ CHATML = """\
 HEADERS = """\
 {{- bos_token }}
 {%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
@@ -125,8 +126,9 @@ CHECKPOINTS = {
 
 TEXTS = (
     "", " ", "   ", "a", " a", "a ", "  two  spaces  ", "\n", "\n\n a\n", " \n \n  b", "\t\ttabs\t", "\r\n", "a\x00b",
-    "Natalia sold 48/2 = 24 clips in May.\n#### 72", "1234567890 12 3", "$1,234.50 + 7%", "hello , world .  It 's don't",
-    "é", "e\u0301", "A\u030angstro\u0308m ﬁ ½ ²", "ا\u0650ل\u064eع", "漢字かな交じり", "🙂👩\u200d👩\u200d👧🇩🇪", "\ufeffbom",
+    "Natalia sold 48/2 = 24 clips in May.\n#### 72", "1234567890 12 3", "$1,234.50 + 7%",
+    "hello , world .  It 's don't", "é", "e\u0301", "A\u030angstro\u0308m ﬁ ½ ²", "ا\u0650ل\u064eع",
+    "漢字かな交じり", "🙂👩\u200d👩\u200d👧🇩🇪", "\ufeffbom",
     "\u2028\u2029\u00a0\u3000x", "▁ ▁▁", "<|im_start|>user\nhi<|im_end|>\n", "a<|im_end|>  b<|endoftext|>",
     "<think>\n1 + 1\n</think>\n\n2", "<tool_call>\n{}\n</tool_call>x", "<|im_end", "<think", "< think >",
     "<|begin_of_text|>a<|eot_id|> b<|end_of_text|>", "<|start_header_id|>user<|end_header_id|>\n\nhi", "<s></s><pad>")
@@ -142,14 +144,14 @@ RESULTS = [{"role": "tool", "content": "72"}, {"role": "tool", "content": "<|no 
 CHATS = {
     "question": {"messages": [ASK]},
     "system": {"messages": [SYSTEM, ASK]},
-    "turns": {"messages": [SYSTEM, ASK, {"role": "assistant", "content": "24"}, {"role": "user", "content": "  And é?\t"},
-                           {"role": "assistant", "content": "7 🙂"}]},
+    "turns": {"messages": [SYSTEM, ASK, {"role": "assistant", "content": "24"},
+                           {"role": "user", "content": "  And é?\t"}, {"role": "assistant", "content": "7 🙂"}]},
     "line end first": {"messages": [ASK, {"role": "assistant", "content": "\n24"}]},
     "special tokens inside": {"messages": [{"role": "user", "content": "a<|im_end|>\nb<|eot_id|>"}]}}
 CHATML_CHATS = {
     "tools": {"messages": [ASK], "tools": TOOLS},
-    "steps": {"messages": [SYSTEM, ASK, CALL, *RESULTS, {"role": "assistant", "content": "72", "reasoning_content": "sum"}],
-              "tools": TOOLS},
+    "steps": {"messages": [SYSTEM, ASK, CALL, *RESULTS,
+                           {"role": "assistant", "content": "72", "reasoning_content": "sum"}], "tools": TOOLS},
     "earlier thinking": {"messages": [
         ASK, {"role": "assistant", "content": "24", "reasoning_content": "half"}, {"role": "user", "content": "Sure?"},
         {"role": "assistant", "content": "Yes", "reasoning_content": "24 * 2 is 48", "tool_calls": None}]},
@@ -216,11 +218,10 @@ def golden(one: Checkpoint, folder: pathlib.Path, chats: dict[str, Any]) -> dict
         texts.append({"text": text, "ids": ids, "plain": there(text)["input_ids"], "decoded": spoken})
     rendered = []
     for name, chat in chats.items():
-        arguments = {"tools": chat.get("tools"), **chat.get("variables", {})}
         for prompt in (False, True):
-            text = there.apply_chat_template(chat["messages"], add_generation_prompt=prompt, tokenize=False, **arguments)
-            made = there.apply_chat_template(chat["messages"], add_generation_prompt=prompt,
-                                             return_assistant_tokens_mask=one.in_file, **arguments)
+            arguments = {"tools": chat.get("tools"), "add_generation_prompt": prompt, **chat.get("variables", {})}
+            text = there.apply_chat_template(chat["messages"], tokenize=False, **arguments)
+            made = there.apply_chat_template(chat["messages"], return_assistant_tokens_mask=one.in_file, **arguments)
             rendered.append({"name": name, **chat, "add_generation_prompt": prompt, "rendered": text,
                              "ids": made["input_ids"], "mask": made.get("assistant_masks")})
     return {"transformers": transformers.__version__, "size": len(there), "pad_id": there.pad_token_id,

@@ -62,7 +62,7 @@ def without_response(error):
 @pytest.mark.parametrize(("error", "named"), [
     (without_response(errors.GatedRepoError), "gated: accept its terms.*hf auth login"),
     (without_response(errors.RevisionNotFoundError), "owner/name has no revision 'v1'"),
-    (without_response(errors.RepositoryNotFoundError), "no such folder, and the hub knows no such repository.*HF_TOKEN"),
+    (without_response(errors.RepositoryNotFoundError), "no such folder, and the hub knows no such.*HF_TOKEN"),
     (without_response(errors.HfHubHTTPError), "cannot be fetched"), (ConnectionError("no route"), "no route"),
     (errors.LocalEntryNotFoundError("outgoing traffic"), "not in the cache.*outgoing traffic.*hf download owner/name`"),
     (errors.HFValidationError("at most 96"), "no such names: at most 96")])

@@ -110,13 +110,15 @@ def _support(x: Experience) -> UInt32[Array, "M W"] | None:
 
 def with_models(recipe: Recipe, network: Network, evaluate: update.Evaluate, parameters: dict[str, Parameters],
                 frozen: dict[str, Parameters], x: Experience, microbatches: int = 1) -> Experience:
-    """x with what the recipe's `models` and `views` asked for, and nothing that it did not ask for.
+    """x with what the recipe's `models`, `views` and `routing` asked for, and nothing that it did not ask for.
 
     Args:
       evaluate: of whole weights.
       parameters: whole weights by role (`roles.whole`).
       frozen: the state's.
     """
+    x = with_routes(recipe, network, parameters["policy"], x, microbatches)
+
     def all_parts(weights, x=x):
         return update.in_parts(evaluate, weights, x, microbatches)
 

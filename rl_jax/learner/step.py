@@ -93,7 +93,8 @@ def make_pieces(recipe: Recipe, task: tasks.Task, network: Network, optimiser: o
     ask = asking.make_ask(recipe, network, verdict, completion_length=task.completion_length,
                           stop_ids=task.tokenizer.stop_ids, pad_id=task.tokenizer.pad_id, axis=axis,
                           quantise=quantise)
-    policy_of, objective = evaluate.make_evaluate(network, temperature), evaluate.make_objective(recipe, network, temperature)
+    policy_of = evaluate.make_evaluate(network, temperature)
+    objective = evaluate.make_objective(recipe, network, temperature)
     replay = 0 if recipe.rollout is None else recipe.rollout.replay
 
     def learn(state: TrainState, prompts: Prompts, samples: Samples, verdict: Verdict):
@@ -108,7 +109,6 @@ def make_pieces(recipe: Recipe, task: tasks.Task, network: Network, optimiser: o
         scored = x.mask.any(axis=1) & x.complete  # neither failed nor an empty slot nor half an answer
         balance = {} if x.routes is None else mixture.load(x.routes, x.mask, network.shape.mixture.experts)
         whole = roles.whole(state.parameters, state.frozen)
-        x = evaluate.with_routes(recipe, network, whole["policy"], x, microbatches)
         x = evaluate.with_models(recipe, network, policy_of, whole, state.frozen, x, microbatches)
         if samples.given is not None:
             x = dataclasses.replace(x, rollout_logp=jnp.where(samples.given[:, None], x.old_logp, x.rollout_logp))
@@ -126,7 +126,7 @@ def make_pieces(recipe: Recipe, task: tasks.Task, network: Network, optimiser: o
             state, step=state.step + 1, parameters=parameters, optimiser=optimiser_state, control=control,
             skipped=jnp.where(metrics["gradient/skipped"] > 0, state.skipped + 1, 0), carried=carried)
         metrics |= balance | {f"control/{name}": value for name, value in coefficients.items()
-                    if isinstance(value, jax.Array) and value.ndim == 0}
+                              if isinstance(value, jax.Array) and value.ndim == 0}
         if recipe.rollout is not None:
             scored = scored if x.row is None else scored[x.row]
             metrics["reward/mean"] = jnp.where(scored, x.reward, 0.0).sum() / jnp.maximum(scored.sum(), 1)
@@ -137,8 +137,7 @@ def make_pieces(recipe: Recipe, task: tasks.Task, network: Network, optimiser: o
             metrics["optimiser/learning_rate"] = jnp.asarray(
                 learning_rate((state.step - 1) * recipe.schedule.updates), jnp.float32)
         trivial = {name: None for name in ("complete", "fresh", "turn") if vars(samples)[name] is None}
-        x = evaluate.unrouted(x)
-        return state, metrics, dataclasses.replace(x, seed=None, example=None, domain=None, **trivial)
+        return state, metrics, dataclasses.replace(evaluate.unrouted(x), seed=None, example=None, domain=None, **trivial)
 
     def uniforms(key: Array, index: Array, prompts: int) -> Array:
         group = recipe.group_size if recipe.rollout is not None else 0

@@ -4,10 +4,11 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from rl_jax.models import lora, safetensors, weights
+from rl_jax.models import lora, safetensors, sharding, weights
 from rl_jax.models.families.family import PROJECTIONS, Path, Tensor
 from rl_jax.models.lora import Adapters
 from rl_jax.types import Parameters
@@ -18,16 +19,18 @@ MATRICES = {"adapter_in": "lora_A", "adapter_out": "lora_B"}
 # What other kinds of adapters say in adapter_config.json, with what it must be here.
 PLAIN = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "lora_bias": False,
          "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "target_parameters": None,
-         "trainable_token_indices": None, "layer_replication": None}
+         "trainable_token_indices": None, "layer_replication": None, "use_qalora": False}
 
 
-def load(folder: pathlib.Path, parameters: Parameters, places: Mapping[Path, Tensor]) -> tuple[Parameters, Adapters]:
+def load(folder: pathlib.Path, parameters: Parameters, places: Mapping[Path, Tensor],
+         mesh: Mesh | None = None) -> tuple[Parameters, Adapters]:
     """(the weights with the folder's adapters beside their projections, the adapters' numbers).
 
     Args:
       folder: with adapter_config.json and adapter_model.safetensors.
       parameters: the base network's.
       places: from `weights.layout`.
+      mesh: that the base network's are cut over; None where they are on one device.
 
     Raises:
       ValueError: for another kind of adapter, and for tensors that do not fit the base network; names them.
@@ -36,6 +39,9 @@ def load(folder: pathlib.Path, parameters: Parameters, places: Mapping[Path, Ten
     for name, allowed in PLAIN.items():
         if config.get(name, allowed) != allowed and config[name] is not None:
             raise ValueError(f"{folder / CONFIG}: {name}={config[name]!r}: allowed is {allowed!r}.")
+    lacking = [name for name in ("r", "lora_alpha") if config.get(name) is None]
+    if lacking:
+        raise ValueError(f"{folder / CONFIG} has no field {lacking[0]!r}.")
     opened = safetensors.Folder(folder, single=FILE)
     targets = [name for name, theirs in PROJECTIONS.items()
                if any(f".{theirs}.{MATRICES['adapter_in']}." in one for one in opened.entries)]
@@ -53,12 +59,12 @@ def load(folder: pathlib.Path, parameters: Parameters, places: Mapping[Path, Ten
             found[(*path, leaf)] = (_names(tensor, leaf), (*whole.shape[:-2], *size))
     opened.check(wanted)
 
-    def read(names: tuple[str, ...], shape: tuple[int, ...]) -> jnp.ndarray:
+    def read(path: Path, names: tuple[str, ...], shape: tuple[int, ...]) -> jax.Array:
         everything = (slice(None), slice(None))
         rows = [opened.read(name, everything, np.dtype("float32")).T for name in names]
-        return jnp.asarray(np.stack(rows).reshape(shape))
+        return jax.device_put(np.stack(rows).reshape(shape), sharding.of(path, shape, mesh))
 
-    given = {path: read(*what) for path, what in found.items()}
+    given = {path: read(path, *what) for path, what in found.items()}
     opened.close()
     return lora.fresh(parameters, _filled(parameters, given)), adapters
 
@@ -80,7 +86,7 @@ def save(folder: pathlib.Path, parameters: Parameters, adapters: Adapters, place
                     yield name, row.T
 
     safetensors.write(folder, tensors(), shard_bytes=1 << 62, single=FILE)
-    modules = sorted(PROJECTIONS[name].rsplit(".", 1)[-1] for name in PROJECTIONS if adapters.on(name))
+    modules = sorted({PROJECTIONS[str(path[-1])].rsplit(".", 1)[-1] for path, _ in _adapted(places, adapters)})
     config: dict[str, Any] = {
         **PLAIN, "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": adapters.rank,
         "lora_alpha": adapters.alpha, "lora_dropout": 0.0, "target_modules": modules, "inference_mode": True}

@@ -18,6 +18,7 @@ from rl_jax.models import heads, lora, peft, safetensors, weights
 from rl_jax.models.families import published
 from rl_jax.models.families.family import Path, Tensor
 from rl_jax.models.network import Network
+from rl_jax.models.shape import DTYPES
 from rl_jax.tasks.checkpoint_tokenizer import CheckpointTokenizer
 from rl_jax.types import Parameters
 
@@ -94,6 +95,7 @@ def load(path_or_id: str | pathlib.Path, *, dtype: str | None = None, mesh: Mesh
     Raises:
       ValueError: for a family that is not here, or files that do not fit; names file and tensor.
     """
+    _check_dtype(dtype)
     folder = hub.folder(str(path_or_id))
     if (folder / peft.CONFIG).is_file():
         return _with_adapters(folder, dtype=dtype, mesh=mesh, **options)
@@ -118,7 +120,7 @@ def _with_adapters(folder: pathlib.Path, **how: Any) -> Policy:
     beside = folder.parent / base  # as a path, it may be relative to the folder's own place
     policy = load(beside if beside.is_dir() else base, **how)
     places = weights.layout(policy.config, policy.network.shape)
-    parameters, adapters = peft.load(folder, policy.parameters, places)
+    parameters, adapters = peft.load(folder, policy.parameters, places, how["mesh"])
     network = dataclasses.replace(policy.network, adapters=adapters)
     return dataclasses.replace(policy, network=network, parameters=parameters)
 
@@ -170,6 +172,7 @@ def save(policy: Policy, path: str | pathlib.Path, *, dtype: str | None = None,
     Raises:
       ValueError: if the folder holds something, or no published family has the network's features.
     """
+    _check_dtype(dtype)
     shape, parameters = policy.network.shape, policy.parameters
     config = dict(policy.config or published.config_of(shape))
     if lora.there(parameters):
@@ -187,9 +190,14 @@ def save(policy: Policy, path: str | pathlib.Path, *, dtype: str | None = None,
                 shutil.copyfile(policy.folder / name, folder / name)
 
 
+def _check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: allowed are {sorted(DTYPES)}, or None to keep each tensor's own.")
+
+
 @contextlib.contextmanager
 def new_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to write into, which gets its name when all is written.
+    """A folder to write into, which gets its name when all is written, and is removed if anything goes wrong.
 
     Raises:
       ValueError: if there is something of that name.
@@ -200,7 +208,11 @@ def new_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     unfinished = path.with_name(f"{path.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    yield unfinished
-    if path.exists():
-        path.rmdir()
-    unfinished.rename(path)
+    try:
+        yield unfinished
+        if path.exists():
+            path.rmdir()
+        unfinished.rename(path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise

@@ -1,5 +1,6 @@
 """A checkpoint folder of safetensors files: opened, checked and read tensor by tensor, and written."""
 import json
+import math
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ import numpy as np
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 CHUNK_BYTES = 64 << 20
 Slices = tuple[slice, ...]
 
@@ -61,12 +63,11 @@ class Folder:
                                  "safetensors files; others are converted by the library that wrote them.")
             return {self.path / self._single: None}
         try:
-            where = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            files: dict[pathlib.Path, set[str]] = {}
+            for name, file in json.loads(index.read_text())["weight_map"].items():
+                files.setdefault(self.path / file, set()).add(name)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} cannot be read: {error!r}. Fetch the file again.") from error
-        files: dict[pathlib.Path, set[str]] = {}
-        for name, file in where.items():
-            files.setdefault(self.path / file, set()).add(name)
         for file, names in files.items():
             if not file.is_file():
                 raise ValueError(f"the shard {file} is missing; {INDEX} says that it holds {_some(sorted(names))}.")
@@ -119,7 +120,11 @@ class Folder:
         """The open file; one at a time, so that what was read of the others can leave memory."""
         if self._open is None or self._open[0] != file:
             self.close()
-            self._open = file, _library().safe_open(file, framework="numpy")
+            library = _library()
+            try:
+                self._open = file, library.safe_open(file, framework="numpy")
+            except library.SafetensorError as error:
+                raise ValueError(f"{file} cannot be read ({error}). Fetch the file again.") from error
         return self._open[1]
 
     def close(self) -> None:
@@ -145,6 +150,11 @@ def _header(file: pathlib.Path) -> dict[str, Entry]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no safetensors file, or its header is damaged ({error}). Fetch the file "
                          "again.") from error
+    for name, entry in found.items():
+        held, needed = entry.end - entry.begin, BYTES.get(entry.dtype, 0) * math.prod(entry.shape)
+        if entry.begin < 0 or held < 0 or entry.dtype in DTYPES and held != needed:
+            raise ValueError(f"{file}: the header gives tensor {name!r} {held} bytes, and {entry.dtype} of the shape "
+                             f"{entry.shape} takes {needed}. Fetch the file again.")
     cut_off = sorted((entry.end, name) for name, entry in found.items() if entry.end > size - 8 - length)
     if cut_off:
         end, name = cut_off[0]
@@ -192,7 +202,6 @@ def _shards(tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> Iter
         shard[name] = array
         held += array.nbytes
     yield shard
-
 
 
 def _some(names: list[str]) -> str:

@@ -2,13 +2,15 @@
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from rl_jax.models.lora import LEAVES
 
-# What the axes of a parameter mean, by its last names; axes in front of them (stacked layers) are never cut.
+# What the axes of a parameter mean, by its own name, or that of its projection; axes in front of them (stacked layers)
+# are never cut.
+ALONE = {"embedding": ("vocabulary", "width"), "head": ("vocabulary", "width"), "score": (None, "width"),
+         "value": ("width",)}
 MEANING = {
-    "embedding": ("vocabulary", "width"), "head": ("vocabulary", "width"), "score": (None, "width"),
     **{name: ("width", "heads") for name in ("query", "key", "value")}, "out": ("heads", "width"),
     **{name: ("width", "inner") for name in ("gate", "up")}, "down": ("inner", "width"),
     **{f"mixture/{name}": ("expert", "width", "inner") for name in ("gate", "up")},
@@ -24,7 +26,7 @@ def spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> Partition
       path: its names, outermost first.
     """
     *_, parent, last = ("", "", *map(str, path))
-    meaning = MEANING.get(f"{parent}/{last}") or MEANING.get(last) or MEANING.get(parent, ())
+    meaning = MEANING.get(f"{parent}/{last}") or ALONE.get(last) or MEANING.get(parent, ())
     if last == "bias":
         meaning = meaning[-1:]
     elif last == "scale":
@@ -38,13 +40,24 @@ def spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> Partition
     return PartitionSpec(*[None] * free, *cut)
 
 
+def of(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh | None) -> Sharding:
+    """Where a parameter lies: on the first device, or cut as `spec` says.
+
+    Args:
+      path: its names, outermost first.
+    """
+    if mesh is None:
+        return SingleDeviceSharding(jax.local_devices()[0])
+    return NamedSharding(mesh, spec(path, shape, mesh))
+
+
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A `NamedSharding` for every parameter.
 
     Args:
       tree: parameters, arrays or shapes.
     """
-    def one(path: tuple, leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, spec(tuple(key.key for key in path), leaf.shape, mesh))
+    def one(path: tuple, leaf: Any) -> Sharding:
+        return of(tuple(key.key for key in path), leaf.shape, mesh)
 
     return jax.tree_util.tree_map_with_path(one, tree)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from rl_jax.models import safetensors, sharding
 from rl_jax.models.families import published
@@ -75,7 +75,7 @@ def load(folder: pathlib.Path, places: dict[Path, Tensor], like: Parameters, *, 
     for name, path, index in sorted(parts, key=lambda part: opened.entries[part[0]][0::4]):
         tensor, whole = places[path], at(like, path)
         kind = jnp.dtype(dtype or safetensors.DTYPES[opened.entries[name].dtype])
-        where = _sharding(path, whole.shape, mesh)
+        where = sharding.of(path, whole.shape, mesh)
         part = _part(opened, name, tensor, whole.shape[len(tensor.stacked):], kind, where, len(tensor.stacked))
         if not tensor.stacked:
             found[path] = part
@@ -86,12 +86,6 @@ def load(folder: pathlib.Path, places: dict[Path, Tensor], like: Parameters, *, 
         found[path] = _put(found[path], part, tuple(map(np.int32, place)), where)
     opened.close()
     return nested({path: found[path] for path in places})
-
-
-def _sharding(path: Path, shape: tuple[int, ...], mesh: Mesh | None) -> Sharding:
-    if mesh is None:
-        return SingleDeviceSharding(jax.local_devices()[0])
-    return NamedSharding(mesh, sharding.spec(path, shape, mesh))
 
 
 def _part(opened: safetensors.Folder, name: str, tensor: Tensor, shape: tuple[int, ...], kind: Any, whole: Sharding,

@@ -29,7 +29,8 @@ class Chat:
             raise ValueError("the checkpoint has no chat template (chat_template.jinja, or chat_template in "
                              "tokenizer_config.json): take one that was trained on chats, or ask in plain text.")
         self._tokenizer, self._template = tokenizer, tokenizer.template
-        self._stops = tuple(tokenizer.token(i) for i in tokenizer.stop_ids if tokenizer.encode(tokenizer.token(i)) == [i])
+        stops = {i: tokenizer.token(i) for i in tokenizer.stop_ids}
+        self._stops = tuple(text for i, text in stops.items() if tokenizer.encode(text) == [i])
 
     def render(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None,
                add_generation_prompt: bool = False, **variables: Any) -> str:
@@ -113,8 +114,8 @@ class Chat:
         """Where the first stop token ends, and which it is."""
         found = [(text.index(stop), -len(stop), stop) for stop in self._stops if stop in text]
         if not found:
-            raise ValueError(f"the chat template ends an assistant turn with {text[-40:]!r}, where none of the stop tokens "
-                             f"{list(self._stops)} is: name the token that ends turns in eos_token_id of "
+            raise ValueError(f"the chat template ends an assistant turn with {text[-40:]!r}, where none of the stop "
+                             f"tokens {list(self._stops)} is: name the token that ends turns in eos_token_id of "
                              "generation_config.json.")
         at, _, stop = min(found)
         return at + len(stop), stop
@@ -137,13 +138,15 @@ def prompt(tokenizer: task.Tokenizer, question: str, chat: Mapping[str, Any] | N
     if chat is None:
         return task.encoded_prompt(tokenizer, question, prompt_length), question
     if not isinstance(tokenizer, CheckpointTokenizer):
-        raise ValueError(f"chat={dict(chat)} needs the tokenizer of a published checkpoint, whose template writes the chat: "
-                         "set tokenizer to its folder or to \"owner/name\", or chat to None for plain text.")
+        raise ValueError(f"chat={dict(chat)} needs the tokenizer of a published checkpoint, whose template writes the "
+                         "chat: set tokenizer to its folder or to \"owner/name\", or chat to None for plain text.")
     wrong = {name: chat[name] for name in OWN if not isinstance(chat.get(name, ""), str)}
     if wrong:
         raise ValueError(f"chat has {wrong}: system and instruction are texts.")
     asked = f"{question}\n{chat['instruction']}" if chat.get("instruction") else question
-    system = [{"role": "system", "content": chat["system"]}] if chat.get("system") else []
+    messages = [{"role": "user", "content": asked}]
+    if chat.get("system"):
+        messages.insert(0, {"role": "system", "content": chat["system"]})
     variables = {name: value for name, value in chat.items() if name not in OWN}
-    text = Chat(tokenizer).render([*system, {"role": "user", "content": asked}], add_generation_prompt=True, **variables)
+    text = Chat(tokenizer).render(messages, add_generation_prompt=True, **variables)
     return task.within(tokenizer.encode(text), text, prompt_length), text

@@ -114,8 +114,8 @@ def _backend(folder: pathlib.Path, config: Mapping[str, Any]) -> tuple[Any, byte
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise ValueError(f"there is no {file}: this folder has no tokenizer that can be read. Save it with "
-                         "`transformers` (AutoTokenizer.from_pretrained(...).save_pretrained(...)), or give the path of a "
-                         "SentencePiece .model file.")
+                         "`transformers` (AutoTokenizer.from_pretrained(...).save_pretrained(...)), or give the path "
+                         "of a SentencePiece .model file.")
     vocabulary = file.read_bytes()
     try:
         made = tokenizers.Tokenizer.from_str(vocabulary.decode())
@@ -159,8 +159,8 @@ def _special_tokens(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str
         if name.endswith("_token") and isinstance(text, str):
             found[name] = text
         elif name in ("bos_token", "eos_token", "pad_token") and value is not None:
-            raise ValueError(f"{folder}: {name} in tokenizer_config.json or special_tokens_map.json is {value!r}: expected "
-                             "the token's text.")
+            raise ValueError(f"{folder}: {name} in tokenizer_config.json or special_tokens_map.json is {value!r}: "
+                             "expected the token's text.")
     return found
 
 
@@ -172,12 +172,12 @@ def _template_source(folder: pathlib.Path, config: Mapping[str, Any]) -> str | N
     if isinstance(source, list):
         named = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
         if "default" not in named:
-            raise ValueError(f"{folder}: chat_template in tokenizer_config.json has templates named {list(named)} and none "
-                             "named 'default'.")
+            raise ValueError(f"{folder}: chat_template in tokenizer_config.json has templates named {list(named)} and "
+                             "none named 'default'.")
         source = named["default"]
     if source is not None and not isinstance(source, str):
-        raise ValueError(f"{folder}: chat_template in tokenizer_config.json is a {type(source).__name__}: expected text, "
-                         "or a list of {\"name\", \"template\"}.")
+        raise ValueError(f"{folder}: chat_template in tokenizer_config.json is a {type(source).__name__}: expected "
+                         "text, or a list of {\"name\", \"template\"}.")
     return source
 
 

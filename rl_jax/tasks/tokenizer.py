@@ -73,8 +73,8 @@ def load(path: str = "") -> task.Tokenizer:
     if not path.endswith(".model"):
         return CheckpointTokenizer(hub.folder(path))
     if not pathlib.Path(path).is_file():
-        raise ValueError(f"no tokenizer at {path!r}: give the path of a SentencePiece .model file, a checkpoint's folder, "
-                         "\"owner/name\" on the Hugging Face hub, or \"\" for the shipped one.")
+        raise ValueError(f"no tokenizer at {path!r}: give the path of a SentencePiece .model file, a checkpoint's "
+                         "folder, \"owner/name\" on the Hugging Face hub, or \"\" for the shipped one.")
     return SentencePiece(pathlib.Path(path).read_bytes())
 
 

@@ -127,7 +127,6 @@ def _learning(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> list[Row]
 
     def gradient(parameters, frozen, x):
         whole = roles.whole(parameters, frozen)
-        x = evaluate.with_routes(recipe, loop.network, whole["policy"], x)
         full = evaluate.with_models(recipe, loop.network, policy_of, whole, frozen, x)
         gradient_of = update.make_gradient(recipe, roles.bound(policy_of, frozen))
         return gradient_of(parameters, assemble.with_advantage(recipe, full))

@@ -13,17 +13,23 @@ import rich.console
 
 from rl_jax import comparison, experiment, sections
 from rl_jax.train import compare, compare_page
-from tests.ends import tiny
+from tests.ends import published, tiny
 
 FILES = sorted(path for path in (tiny.ROOT / "configs").rglob("*.py") if path.name != "__init__.py")
 COMPARED = [path for path in FILES if path.parent.name == "compare"]
 TRAINED = [path for path in FILES if path not in COMPARED]
 PARTS = ("Command:", "Hardware:", "Time:", "Result:")
-SMALL = {"gsm8k": {"path": "tests/ends/gsm8k", "prompt_length": 64, "completion_length": 24, "validation_size": 1}}
+SMALL = {"gsm8k": {"path": "tests/ends/gsm8k", "validation_size": 1, **published.LENGTHS}}
 
 
 def name_of(path):
     return str(path.relative_to(tiny.ROOT))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """In the place of a published one."""
+    return str(published.make(tmp_path_factory.mktemp("published") / "small"))
 
 
 def loaded(path, *given):
@@ -45,7 +51,8 @@ def test_it_says_what_it_is_needs_and_gives(path):
 
 
 @pytest.mark.parametrize("path", TRAINED, ids=name_of)
-def test_it_builds_and_is_locked(path):
+def test_it_builds_and_is_locked(path, checkpoint, monkeypatch):
+    monkeypatch.chdir(tiny.ROOT)
     config = loaded(path)
     assert config.is_locked
     assert set(config) <= set(experiment.SECTIONS)
@@ -53,6 +60,8 @@ def test_it_builds_and_is_locked(path):
         assert len(section) <= 10
     if "train_size" in config.task.args:
         config.task.args.train_size = 256  # questions cost a millisecond each
+    if "path" in config.model:
+        shrink_what_learns(config, checkpoint)
     experiment.parse(config)
 
 
@@ -67,7 +76,7 @@ def test_a_comparison_builds_and_is_locked(path):
     assert len(found.recipes) >= 3 and found.scale.seeds >= 3, "errors need replicas"
 
 
-def shrunk(config):
+def shrunk(config, checkpoint):
     """Next to nothing of everything, the same task, recipes, schedules and programs."""
     for phase in (*config.get("before", ()), config):
         scale, args = phase.scale, phase.recipe.args
@@ -77,7 +86,7 @@ def shrunk(config):
         if "group_size" in args:
             args.group_size = 2
         phase.optimiser.warmup_steps = min(phase.optimiser.warmup_steps, 1)
-    shrink_what_learns(config)
+    shrink_what_learns(config, checkpoint)
     run = config.run
     run.checkpoint_every, run.validation_prompts, run.validation_samples, run.workers = 3, 2, 2, 1
     run.validate_every = min(run.validate_every, 3)
@@ -85,9 +94,12 @@ def shrunk(config):
     return config
 
 
-def shrink_what_learns(config):
+def shrink_what_learns(config, checkpoint):
     model, args = config.model, config.task.args
-    model.width, model.layers, model.heads, model.key_heads, model.head_size, model.inner = 16, 1, 2, 1, 8, 32
+    if "path" in model:
+        model.path = args.tokenizer = checkpoint
+    else:
+        model.width, model.layers, model.heads, model.key_heads, model.head_size, model.inner = 16, 1, 2, 1, 8, 32
     for name, value in SMALL.get(config.task.name, {}).items():
         args[name] = value
     for name in ("train_size", "validation_size", "held_out_size"):
@@ -96,9 +108,9 @@ def shrink_what_learns(config):
 
 
 @pytest.mark.parametrize("path", TRAINED, ids=name_of)
-def test_at_toy_size_it_runs_saves_and_resumes_bit_equal(path, tmp_path, monkeypatch):
+def test_at_toy_size_it_runs_saves_and_resumes_bit_equal(path, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny.ROOT)
-    config = shrunk(loaded(path))
+    config = shrunk(loaded(path), checkpoint)
     whole, _ = tiny.train(tmp_path / "whole", config)
     assert whole.step >= 4 and whole.checkpoint.is_dir() and whole.report.is_file()
     with tiny.stopped_after(whole.step - 2):
@@ -111,12 +123,12 @@ def test_at_toy_size_it_runs_saves_and_resumes_bit_equal(path, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("path", COMPARED, ids=name_of)
-def test_at_toy_size_two_recipes_are_compared_once(path, tmp_path, monkeypatch):
+def test_at_toy_size_two_recipes_are_compared_once(path, checkpoint, tmp_path, monkeypatch):
     config = loaded(path, "baselines.grpo,baselines.rloo")
     scale = config.scale
     scale.steps, scale.answers_per_step, scale.seeds, scale.steps_per_call, scale.microbatches = 4, 16, 2, 2, 1
     config.recipes.grpo.args.group_size = 2  # of the baseline alone: the budget stays the same
-    shrink_what_learns(config)
+    shrink_what_learns(config, checkpoint)
     for phase in config.get("before", ()):
         phase.scale.steps, phase.scale.prompts_per_step = 2, 2
 

@@ -3,7 +3,7 @@ from typing import Any
 
 
 def older(config: dict[str, Any]) -> dict[str, Any]:
-    """The same model: rotary settings at the top, no list of layer types, another name for the experts and the dtype."""
+    """The same model: rotary settings at the top, no list of layer types, other names for the experts and the dtype."""
     config = dict(config)
     rope = config.pop("rope_parameters")
     local = rope.get("sliding_attention")

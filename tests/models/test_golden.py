@@ -62,7 +62,7 @@ def drawn(policy, rows, rollout, length):
 
 
 def test_every_golden_folder_is_tested():
-    assert sorted(path.name for path in GOLDEN.iterdir() if path.is_dir()) == sorted((*FAMILIES, "lora", "qwen3_reward"))
+    assert {path.name for path in GOLDEN.iterdir() if path.is_dir()} == {*FAMILIES, "lora", "qwen3_reward"}
 
 
 @every_family
@@ -137,6 +137,20 @@ def test_a_reward_model_scores_the_last_token():
     policy = pretrained.load(GOLDEN / "qwen3_reward")
     scores = jax.jit(policy.scores)(jnp.asarray(found["tokens"]), jnp.asarray(found["lengths"]))
     np.testing.assert_allclose(scores, found["scores"], atol=1e-5)
+
+
+def test_adapters_of_peft_both_ways(tmp_path):
+    """Beside the weights of the base network that they name; written again they are the same tensors."""
+    found, policy = expected("lora"), pretrained.load(GOLDEN / "lora")
+    assert_close(logits(policy, found["tokens"]), found["logits"])
+    assert policy.network.adapters.rank == 4 and policy.network.adapters.alpha == 8
+    pretrained.save_adapters(policy, tmp_path / "lora", "qwen3")
+    (before, _), (after, _) = tensors(GOLDEN / "lora"), tensors(tmp_path / "lora")
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    pretrained.save(policy, tmp_path / "merged")
+    merged = pretrained.load(tmp_path / "merged")
+    assert merged.network == loaded("qwen3").network
+    assert_close(logits(merged, found["tokens"]), found["logits"])
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2"])

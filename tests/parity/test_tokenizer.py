@@ -18,7 +18,8 @@ def both(request):
     """A checkpoint's tokenizer as we read it, and as transformers does."""
     import transformers
 
-    return checkpoints.load(request.param), transformers.AutoTokenizer.from_pretrained(checkpoints.FOLDER / request.param)
+    there = transformers.AutoTokenizer.from_pretrained(checkpoints.FOLDER / request.param)
+    return checkpoints.load(request.param), there
 
 
 def texts(there, count, seed=0):

@@ -29,7 +29,8 @@ def prompts(count=P, seed=0):
 
 
 def make(rollout, network=NETWORK, **options):
-    return decode.make_rollout(network, rollout, **{"completion_length": T, "stop_ids": (END,), "pad_id": PAD} | options)
+    ends = {"completion_length": T, "stop_ids": (END,), "pad_id": PAD}
+    return decode.make_rollout(network, rollout, **ends | options)
 
 
 @pytest.fixture(scope="module")

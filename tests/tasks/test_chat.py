@@ -53,7 +53,7 @@ def test_chats_have_the_ids_of_transformers(name, golden):
 @pytest.mark.parametrize("golden", [one for name, one in GOLDEN if name == "chatml" and one["name"] not in (
     *REWRITTEN, "line end first") and not one["add_generation_prompt"]], ids=named)
 def test_the_mask_is_what_the_template_marks_as_generated(golden):
-    """The oracle is transformers' mask of the template's generation blocks; this one reads generation prompts instead."""
+    """The oracle is transformers' mask of those blocks; this one reads generation prompts instead."""
     arguments = {k: v for k, v in checkpoints.arguments(golden).items() if k != "add_generation_prompt"}
     ids, mask = of("chatml").masked(golden["messages"], **arguments)
     assert ids == golden["ids"] and mask == [bool(one) for one in golden["mask"]]
@@ -67,8 +67,8 @@ def test_only_what_an_assistant_wrote_and_its_end_is_chosen():
         ("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCount.<|eot_id|><|start_header_id|>user"
          "<|end_header_id|>\n\n1 + 1?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", False),
         ("2<|eot_id|>", True),
-        ("<|start_header_id|>user<|end_header_id|>\n\nSure? é<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-         False), ("Yes <|x|><|eot_id|>", True)]
+        ("<|start_header_id|>user<|end_header_id|>\n\nSure? é<|eot_id|><|start_header_id|>assistant<|end_header_id|>"
+         "\n\n", False), ("Yes <|x|><|eot_id|>", True)]
 
 
 def test_thinking_and_calls_are_chosen_and_tool_results_are_not():
@@ -109,18 +109,19 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
     with pytest.raises(ValueError, match="message 1: the chat template rewrites.*Chat.continuation"):
         of("chatml").masked(golden["messages"])
     ids, mask = of("chatml").masked(golden["messages"][:2])
-    assert [text for text, chosen in pieces("chatml", ids, mask) if chosen] == ["<think>\nhalf\n</think>\n\n24<|im_end|>"]
+    drawn = [text for text, chosen in pieces("chatml", ids, mask) if chosen]
+    assert drawn == ["<think>\nhalf\n</think>\n\n24<|im_end|>"]
 
 
 def test_a_turn_that_is_not_rendered_behind_its_generation_prompt_is_refused():
-    with pytest.raises(ValueError, match=r"message 1: .*not render this .*ends in '.*</think>\\n\\n'.*Chat.continuation"):
+    with pytest.raises(ValueError, match=r"message 1: .*not render this .*in '.*</think>\\n\\n'.*Chat.continuation"):
         of("chatml").masked([ASK, SAID], enable_thinking=False)
 
 
 def test_a_turn_without_a_stop_token_is_refused(tmp_path):
     source = "{% for m in messages %}{{ m.role + ':' + m.content + ';' }}{% endfor %}"
     source += "{% if add_generation_prompt %}assistant:{% endif %}"
-    with pytest.raises(ValueError, match=r"ends an assistant turn with '2;', where none of the stop tokens \['<\|im_end"):
+    with pytest.raises(ValueError, match=r"ends an assistant turn with '2;', where none of the stop .*<\|im_end"):
         made(tmp_path, source).masked([ASK, SAID])
     with pytest.raises(ValueError, match=r"none of the stop tokens"):
         made(tmp_path, source).continuation([MORE])
@@ -142,18 +143,19 @@ def test_begin_answer_and_continuation_are_the_chat_at_once(name, first, second)
 
 
 def test_words_marked_by_a_space_before_them(tmp_path):
-    """As SentencePiece models have it: a text that stands first gets a space that one behind a special token does not."""
+    """As SentencePiece models have it: what stands first gets a space, what stands behind a special token does not."""
     letters = "▁qa12?"
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(letters)}, [], unk_token="?"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     backend.add_special_tokens(["<s>", "</s>"])
     backend.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", "chat_template": (
-        "{{ bos_token }}{% for m in messages %}{{ 'q' + m.content + 'a' if m.role == 'user' else ' ' + m.content + '</s>' }}"
-        "{% endfor %}")}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "bos_token": "<s>", "eos_token": "</s>", "chat_template": (
+        "{{ bos_token }}{% for m in messages %}"
+        "{{ 'q' + m.content + 'a' if m.role == 'user' else ' ' + m.content + '</s>' }}{% endfor %}")}))
     one = chat.Chat(CheckpointTokenizer(tmp_path))
     first, second = {"role": "user", "content": "1"}, {"role": "user", "content": " 2"}
-    ids, mask = one.masked([first, {"role": "assistant", "content": "1"}, second, {"role": "assistant", "content": "2"}])
+    ids, mask = one.masked([first, {"role": "assistant", "content": "1"}, second, SAID])
     assert ids == [6, *(letters.index(c) for c in "q1a▁1"), 7, *(letters.index(c) for c in "q▁2a▁2"), 7]
     assert [i for i, chosen in zip(ids, mask, strict=True) if chosen] == [0, 3, 7, 0, 4, 7]
     drawn = ids[4:7]

@@ -106,7 +106,8 @@ def test_problems_as_chats(path):
 def test_plain_problems_with_a_checkpoint_s_tokenizer_begin_as_it_does(path):
     task = gsm8k.gsm8k(path, validation_size=0, tokenizer=str(checkpoints.FOLDER / "headers"))
     example = task.splits["train"][0]
-    assert example.prompt == [*task.tokenizer.begin_ids, *task.tokenizer.encode(example.text)] and example.text[-1] == "\n"
+    assert example.prompt == [*task.tokenizer.begin_ids, *task.tokenizer.encode(example.text)]
+    assert example.text[-1] == "\n"
 
 
 @pytest.mark.parametrize("arguments", [{}, {"tokenizer": ""}, {"tokenizer": None, "chat": None}, {
@@ -121,7 +122,7 @@ def test_tokenizer_and_chat_pass_through_a_config(path, arguments):
 
 @pytest.mark.parametrize(("arguments", "named"), [
     ({"tokenizer": 3}, "config.task.args.tokenizer=3 is of type int"), ({"chat": "a"}, "config.task.args.chat='a'"),
-    ({"chat": {}}, "needs the tokenizer of a published checkpoint"), ({"tokenizer": "./none"}, "neither a folder that")])
+    ({"chat": {}}, "needs the tokenizer of a published checkpoint"), ({"tokenizer": "./none"}, "neither a folder")])
 def test_wrong_tokenizers_and_chats_in_a_config(path, arguments, named):
     with pytest.raises(ValueError, match=named):
         experiment.parse(tiny.config(task="gsm8k", task_args={"path": path, "validation_size": 5, **arguments}))

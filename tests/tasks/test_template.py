@@ -28,15 +28,16 @@ def test_blocks_are_trimmed_and_line_ends_behind_them_dropped():
 
 
 def test_loops_may_be_left_and_generation_blocks_mark_nothing():
-    source = ("{% for i in range(9) %}{% if i == 1 %}{% continue %}{% endif %}{% if i == 3 %}{% break %}{% endif %}{{ i }}"
-              "{% endfor %}{% generation %}{% set a = 'x' %}{{ a }}{% endgeneration %}{{ a is defined }}")
+    source = ("{% for i in range(9) %}{% if i == 1 %}{% continue %}{% endif %}{% if i == 3 %}{% break %}{% endif %}"
+              "{{ i }}{% endfor %}{% generation %}{% set a = 'x' %}{{ a }}{% endgeneration %}{{ a is defined }}")
     assert render(source) == "02xFalse"
 
 
 def test_json_is_not_escaped_for_html():
     tools = [{"é": "<a & 'b'>", "n": [1, None, True]}]
     assert render("{{ tools[0] | tojson }}", tools=tools) == json.dumps(tools[0], ensure_ascii=False)
-    assert render("{{ tools[0] | tojson(indent=2) }}", tools=tools) == json.dumps(tools[0], ensure_ascii=False, indent=2)
+    indented = json.dumps(tools[0], ensure_ascii=False, indent=2)
+    assert render("{{ tools[0] | tojson(indent=2) }}", tools=tools) == indented
     assert render("{{ tools is none }}{{ documents is none }}") == "TrueTrue"
 
 
@@ -46,7 +47,8 @@ def test_special_tokens_and_variables_can_be_named():
 
 
 def test_a_value_of_none_is_missing():
-    assert render("{{ messages[0].tool_calls is defined }}", [{"role": "user", "content": "a", "tool_calls": None}]) == "False"
+    messages = [{"role": "user", "content": "a", "tool_calls": None}]
+    assert render("{{ messages[0].tool_calls is defined }}", messages) == "False"
 
 
 def test_the_date_is_today_s():
@@ -61,7 +63,8 @@ def test_a_template_cannot_leave_the_sandbox_or_change_the_messages():
 
 @pytest.mark.parametrize(("source", "named"), [
     ("{{ raise_exception('roles must alternate') }}", r"roles \['user'\]: roles must alternate\."),
-    ("{{ messages[0].content + 1 }}", "roles.*can only concatenate str"), ("{{ messages[0].a.b }}", "has no attribute 'a'")])
+    ("{{ messages[0].content + 1 }}", "roles.*can only concatenate str"),
+    ("{{ messages[0].a.b }}", "has no attribute 'a'")])
 def test_what_a_template_refuses_is_said_in_its_words(source, named):
     with pytest.raises(ValueError, match=f"(?s)the test's template cannot render.*{named}"):
         render(source)
@@ -75,7 +78,8 @@ def test_no_messages_and_no_template():
 
 
 def test_it_can_be_sent_to_a_worker():
-    made = pickle.loads(pickle.dumps(template.Template("{{ bos_token }}{{ messages[0].content }}", {"bos_token": "<"}, "it")))
+    made = template.Template("{{ bos_token }}{{ messages[0].content }}", {"bos_token": "<"}, "it")
+    made = pickle.loads(pickle.dumps(made))
     assert made.render(USER) == "<hi"
 
 

@@ -7,7 +7,9 @@ from rl_jax.models.shape import Shape
 
 NORMS = {"after_attention": "post_attention_layernorm", "before_inner": "pre_feedforward_layernorm",
          "after_inner": "post_feedforward_layernorm"}
-PATTERN = 6
+# Where config.json does not say: every which layer of Gemma 3 sees all, its rotary bases, and the caps of Gemma 2.
+PATTERN, GLOBAL, LOCAL = 6, 1_000_000.0, 10_000.0
+CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 
 
 def _gemma_shape(config: Config) -> dict[str, Any]:
@@ -19,34 +21,33 @@ def _gemma_shape(config: Config) -> dict[str, Any]:
         "tied": config.get("tie_word_embeddings", True),
         "head_size": config.get("head_dim", 256),
         "attention_scale": float(config.get("query_pre_attn_scalar", 256)) ** -0.5,
-        "attention_cap": float(config.get("attn_logit_softcapping") or 0.0),
-        "logit_cap": float(config.get("final_logit_softcapping") or 0.0)}
+        "attention_cap": float(config["attn_logit_softcapping"] or 0.0),
+        "logit_cap": float(config["final_logit_softcapping"] or 0.0)}
 
 
 def _gemma2_shape(config: Config) -> dict[str, Any]:
     base, scaling = rope.rotary(config)
-    return {**_gemma_shape(config), **rope.reach(config, ("window", "full")), "rotary_base": base,
+    return {**_gemma_shape({**CAPS, **config}), **rope.reach(config, ("window", "full")), "rotary_base": base,
             "rotary_scaling": scaling}
 
 
 def _gemma3_shape(config: Config) -> dict[str, Any]:
     refused(config, "use_bidirectional_attention", False, "a policy writes from left to right")
     every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or PATTERN
+    if not config.get("rope_parameters"):
+        config = {**config, "rope_theta": config.get("rope_theta") or GLOBAL}
     base, scaling = rope.rotary(config)
-    if "rope_theta" not in config and not config.get("rope_parameters"):
-        base = 1_000_000.0
-    local = config.get("rope_local_base_freq")
-    local = float(local) if local else rope.rotary(config, "sliding_attention")[0]
+    local = config.get("rope_local_base_freq") or (
+        rope.rotary(config, "sliding_attention")[0] if config.get("rope_parameters") else LOCAL)
+    config = {**dict.fromkeys(CAPS), **config}
     return {**_gemma_shape(config), **rope.reach(config, ("window",) * (every - 1) + ("full",)), "query_norm": True,
-            "rotary_base": base, "rotary_base_window": local, "rotary_scaling": scaling}
+            "rotary_base": base, "rotary_base_window": float(local), "rotary_scaling": scaling}
 
 
 def _gemma_config(shape: Shape) -> dict[str, Any]:
-    kinds = {True: "sliding_attention", False: "full_attention"}
     return {
-        "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "sliding_window": shape.window,
-        "layer_types": [kinds[kind.window is not None] for kind in shape.kinds],
-        "query_pre_attn_scalar": (shape.attention_scale or shape.head_size ** -0.5) ** -2,
+        "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, **rope.layer_types(shape),
+        "query_pre_attn_scalar": round((shape.attention_scale or shape.head_size ** -0.5) ** -2),
         "attn_logit_softcapping": shape.attention_cap or None, "final_logit_softcapping": shape.logit_cap or None}
 
 

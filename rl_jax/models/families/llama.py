@@ -5,6 +5,8 @@ from rl_jax.models.families import rope
 from rl_jax.models.families.family import Config, Family, refused
 from rl_jax.models.shape import Shape
 
+WINDOW = 4096  # of Mistral, where config.json does not say; null is none
+
 
 def _llama_shape(config: Config) -> dict[str, Any]:
     for name, allowed in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
@@ -18,6 +20,7 @@ def _llama_config(shape: Shape) -> dict[str, Any]:
 
 
 def _mistral_shape(config: Config) -> dict[str, Any]:
+    config = {"sliding_window": WINDOW, **config}
     windowed = ("window",) if config.get("sliding_window") else ("full",)
     return {**_llama_shape(config), **rope.reach({**config, "layer_types": None}, windowed)}
 

@@ -6,11 +6,13 @@ from rl_jax.models.families.family import Config, Family, refused
 from rl_jax.models.mixture import Experts
 from rl_jax.models.shape import Shape
 
+UNWINDOWED, HEAD_SIZE = 28, 128  # where config.json has no max_window_layers, no head_dim
+
 
 def _qwen_shape(config: Config) -> dict[str, Any]:
     refused(config, "hidden_act", "silu", "of this family")
     base, scaling = rope.rotary(config)
-    layers, first = config["num_hidden_layers"], config.get("max_window_layers", 0)
+    layers, first = config["num_hidden_layers"], config.get("max_window_layers", UNWINDOWED)
     windowed = config.get("use_sliding_window", False) and config.get("sliding_window")
     otherwise = tuple("window" if windowed and i >= first else "full" for i in range(layers))
     return {"rotary_base": base, "rotary_scaling": scaling, **rope.reach(config, otherwise)}
@@ -22,10 +24,12 @@ def _qwen2_shape(config: Config) -> dict[str, Any]:
 
 def _qwen3_shape(config: Config) -> dict[str, Any]:
     refused(config, "attention_bias", False, "of this family")
-    return {**_qwen_shape(config), "query_norm": True}
+    head = {"head_size": HEAD_SIZE} if config.get("head_dim") is None and config["model_type"] == "qwen3" else {}
+    return {**_qwen_shape(config), **head, "query_norm": True}
 
 
 def _mixture_shape(config: Config) -> dict[str, Any]:
+    config = {**config, "max_window_layers": 0, "layer_types": None}  # this family has windows in all layers or none
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     layers = config["num_hidden_layers"]
     return {
@@ -36,7 +40,7 @@ def _mixture_shape(config: Config) -> dict[str, Any]:
 
 
 def _qwen_config(shape: Shape) -> dict[str, Any]:
-    windowed = {"use_sliding_window": True, "sliding_window": shape.window} if shape.window else {}
+    windowed = {"use_sliding_window": True, **rope.layer_types(shape)} if shape.window else {}
     return {"hidden_act": "silu", "use_sliding_window": False, **windowed}
 
 

@@ -3,6 +3,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rl_jax.models.rotary import Scaling
+from rl_jax.models.shape import Shape
 
 REACHES = {"full_attention": "full", "sliding_attention": "window"}
 
@@ -61,6 +62,12 @@ def reach(config: Mapping[str, Any], otherwise: tuple[str, ...] = ("full",)) -> 
         raise ValueError(f"config.json sliding_window={config.get('sliding_window')!r}, and layers of type "
                          "sliding_attention need its width in tokens.")
     return {"reach": found, "window": int(config["sliding_window"])}
+
+
+def layer_types(shape: Shape) -> dict[str, Any]:
+    """What config.json holds of a shape's reach: every layer's type, and the width of the window."""
+    names = ["full_attention" if kind.window is None else "sliding_attention" for kind in shape.kinds]
+    return {"sliding_window": shape.window, "layer_types": names}
 
 
 def _shortest(found: tuple[str, ...]) -> tuple[str, ...]:
