@@ -28,7 +28,8 @@ MOST_BYTES = 250_000  # in a folder
 SIZES = {"vocab_size": 160, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0,
          "bos_token_id": 2, "eos_token_id": 3, "rms_norm_eps": 0.02}
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 1_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+# Of a head's eight wavelengths the shortest is kept, the second lies between the bounds, the others are stretched.
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0,
           "original_max_position_embeddings": 16}
 LOCAL = {"rope_type": "default", "rope_theta": 100.0}
 GLOBAL = {"rope_type": "linear", "rope_theta": 1_000.0, "factor": 4.0}
@@ -79,10 +80,11 @@ FAMILIES = {
         without={**EVERY, "normalised weights": {"norm_topk_prob": False}, "second expert": {"num_experts_per_tok": 1}},
         neutral={**QUERY_NORM, "router": (r"mlp\.gate\.weight$", 0.0)}),
     "llama": Family(
-        seed=172, settings={"rope_parameters": LLAMA3, "tie_word_embeddings": True}, dtype="bfloat16", stops=[3, 7],
-        without={**EVERY, "rotary scaling": base(1_000.0),
+        seed=172, settings={"rope_parameters": LLAMA3, "head_dim": 16, "tie_word_embeddings": True}, dtype="bfloat16", stops=[3, 7],
+        without={**EVERY, "rotary scaling": base(100.0),
                  "rotary factor": {"rope_parameters": {**LLAMA3, "factor": 2.0}},
-                 "bounds of the wavelengths": {"rope_parameters": {**LLAMA3, "high_freq_factor": 1.5}}}),
+                 "upper bound": {"rope_parameters": {**LLAMA3, "high_freq_factor": 4.0}},
+                 "lower bound": {"rope_parameters": {**LLAMA3, "low_freq_factor": 0.5}}}),
     "mistral": Family(
         seed=24, settings={**base(10_000.0), "sliding_window": 8, "tie_word_embeddings": False},
         without={**EVERY, "window": {"sliding_window": 1_000}, "window's exact length": {"sliding_window": 9}}),

@@ -47,8 +47,7 @@ def sample() -> None:
     if _PROMPT.value is None:
         example = task.splits.get("held_out", task.splits["train"])[0]
     else:
-        example = tasks.Example(text=_PROMPT.value,
-                                prompt=tasks.encoded_prompt(tokenizer, _PROMPT.value, task.prompt_length))
+        example = tasks.question(task, _PROMPT.value)
     rollout = Rollout(group_size=_SAMPLES.value, temperature=_TEMPERATURE.value, top_k=_TOP_K.value,
                       top_p=_TOP_P.value, min_p=_MIN_P.value)
     draw = jax.jit(decode.make_rollout(found.network, rollout, completion_length=task.completion_length,

@@ -208,7 +208,7 @@ def _walk_body(positions: int, options: Options, lengths: Any, *arrays: Any) -> 
 
 
 def _row_block() -> Array:
-    """Which block of query rows a program has, of those of all sequences; the grid is (sequences, heads, blocks, ..)."""
+    """Which block of query rows a program has, of those of all sequences; the grid is (sequences, heads, blocks, _)."""
     return pl.program_id(0) * pl.num_programs(2) + pl.program_id(2)
 
 

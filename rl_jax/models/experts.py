@@ -50,7 +50,7 @@ def mixed(x: Float[Array, "M D"], expert: Int[Array, "M k"], weight: Float[Array
     """
     run = dispatch.implementation("mixed", implementation, "tiles", {
         "dense": dense, "tiles": functools.partial(_tiled, implementation)})
-    return run(x, expert, weight, *(matrix.astype(x.dtype) for matrix in (gate, up, down)))
+    return run(x, expert, weight, gate, up, down)
 
 
 def dense(x: Float[Array, "M D"], expert: Int[Array, "M k"], weight: Float[Array, "M k"], gate: Float[Array, "X D F"],
@@ -58,6 +58,7 @@ def dense(x: Float[Array, "M D"], expert: Int[Array, "M k"], weight: Float[Array
     """`mixed`, every row through every expert."""
     share = (jax.nn.one_hot(expert, gate.shape[0], dtype=weight.dtype) * weight[:, :, None]).sum(axis=1)
     rows = jnp.broadcast_to(x[None], (gate.shape[0], *x.shape))
+    gate, up, down = (a.astype(x.dtype) for a in (gate, up, down))
     inner = _scaled(_gated(rows @ gate, rows @ up), share.T)
     return jnp.einsum("xmf,xfd->md", inner, down)
 
@@ -108,6 +109,7 @@ def _passed(results, x, expert, weight, gate, up, down):
     """The first `results` of output [M, D] and products with gate and up [n, B, F]; and the layout."""
     where = layout(expert, len(gate))
     share, k = weight.reshape(-1), expert.shape[1]
+    gate, up, down = (a.astype(x.dtype) for a in (gate, up, down))
 
     def step(i, made):
         choice, own = _part(where.choice, i), _part(where.owner, i)
@@ -125,13 +127,14 @@ def _passed(results, x, expert, weight, gate, up, down):
 def _cotangents(where, products, rows, matrices, cotangent):
     """Of the rows and their weights, and of the matrices."""
     x, weight = rows
+    in_dtype = [a.astype(x.dtype) for a in matrices]
     share, k, wide = weight.reshape(-1), weight.shape[1], jnp.promote_types(x.dtype, jnp.float32)
 
     def step(i, made):
         d_rows, d_share, *d_matrices = made
         choice, own, *products_here = (_part(a, i) for a in (where.choice, where.owner, *products))
         rows, d_y = (_taken(a, choice // k) for a in (x, cotangent))
-        gate, up, down = (jnp.swapaxes(a[own], 1, 2) for a in matrices)
+        gate, up, down = (jnp.swapaxes(a[own], 1, 2) for a in in_dtype)
         inner, pull = jax.vjp(_gated, *products_here)
         scale, d_scaled = _taken(share, choice), d_y @ down
         d_g, d_u = pull(_scaled(d_scaled, scale))

@@ -1,4 +1,5 @@
 """GSM8K: grade-school word problems with a number as answer. Cobbe et al. 2021, arXiv:2110.14168."""
+import functools
 import json
 import pathlib
 import re
@@ -69,7 +70,8 @@ def gsm8k(
         verifier=task.HostVerifier(numeric.Number(), numeric.Number.parts), prompt_length=prompt_length,
         completion_length=completion_length, fingerprint=task.fingerprint("gsm8k", **made_from),
         report="gsm8k: " + ", ".join(f"{name} {len(split)}" for name, split in splits.items()),
-        final_answer=numeric.final)
+        final_answer=numeric.final,
+        asked=functools.partial(chats.prompt, tokenizer, chat=chat, prompt_length=prompt_length))
 
 
 def _from_files(path: str, split: str) -> list[Problem]:

@@ -1,4 +1,5 @@
 """Any of reasoning_gym's generators as a task, with splits that share no question."""
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,7 +75,8 @@ def reasoning_gym(
         name=f"reasoning_gym.{generator}", splits=examples, tokenizer=tokenizer,
         verifier=task.HostVerifier(generators.Scorer(generator, options, partial_credit), ("partial_credit",)),
         prompt_length=prompt_length, completion_length=completion_length,
-        fingerprint=task.fingerprint(generator, **made_from), report=f"{generator}: {report}")
+        fingerprint=task.fingerprint(generator, **made_from), report=f"{generator}: {report}",
+        asked=functools.partial(chats.prompt, tokenizer, chat=chat, prompt_length=prompt_length))
 
 
 def _sources(generator: str, options: Mapping[str, Any], seed: int, sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -103,6 +103,7 @@ class Task:
       report: how the splits came about, for a person to read before the run.
       final_answer: a completion's answer in a form that equal answers share, None if it has none;
         what majority voting counts.
+      asked: a question -> (token ids, text) of its prompt, as the task's own are asked; None asks in plain text.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Task:
     fingerprint: str
     report: str = ""
     final_answer: Callable[[str], str | None] = lambda text: text.strip() or None
+    asked: Callable[[str], tuple[list[int], str]] | None = None
 
     def __post_init__(self):
         if "train" not in self.splits:
@@ -122,6 +124,16 @@ class Task:
             if len(split) == 0:
                 raise ValueError(f"task {self.name!r}: split {name!r} is empty; give it at least one example "
                                  "(a larger size, another file) or leave the split out.")
+
+
+def question(of: Task, text: str) -> Example:
+    """A question of a person's own as an example, asked as the task's are.
+
+    Raises:
+      ValueError: if it is too long.
+    """
+    ids, shown = (encoded_prompt(of.tokenizer, text, of.prompt_length), text) if of.asked is None else of.asked(text)
+    return Example(prompt=ids, text=shown)
 
 
 def fingerprint(name: str, **made_from: Any) -> str:

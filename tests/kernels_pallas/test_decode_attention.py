@@ -58,13 +58,15 @@ def _loops(query, own, prompt, options=Options()):
     found = np.zeros_like(query)
     for g, p, h in np.ndindex(query.shape[:3]):
         head = h // (query.shape[2] // own.key.shape[2])
-        pairs = [(cache.key[at][head, j], cache.value[at][head, j]) for cache, at in zip(caches, [p, (g, p)], strict=True)
+        text = zip(caches, [p, (g, p)], strict=True)
+        pairs = [(cache.key[at][head, j], cache.value[at][head, j]) for cache, at in text
                  for j in range(int(cache.lengths[at]))]
         pairs = [pair for back, pair in enumerate(reversed(pairs)) if options.window is None or back < options.window]
         dots = [scale * math.fsum(a * b for a, b in zip(query[g, p, h], key, strict=True)) for key, _ in pairs]
         weights = [math.exp(x if cap is None else cap * math.tanh(x / cap)) for x in dots]
         for e in range(query.shape[3]):
-            found[g, p, h, e] = math.fsum(w * v[e] for w, (_, v) in zip(weights, pairs, strict=True)) / math.fsum(weights)
+            mixed = math.fsum(w * v[e] for w, (_, v) in zip(weights, pairs, strict=True))
+            found[g, p, h, e] = mixed / math.fsum(weights)
     return found
 
 
@@ -90,6 +92,12 @@ def test_value_with_options_is_that_of_loops_over_floats(implementation, options
     """Of 21 own positions and 37 of the prompt: windows that leave the prompt unseen, and that cross the border."""
     arrays = _arrays()
     _close(_run(implementation, *arrays, options=options), _loops(*arrays, options))
+
+
+@with_options
+def test_rows_that_fill_several_blocks(implementation, options):
+    arrays = _arrays(g=9, p=3, k=1)
+    _close(_run(implementation, *arrays, options=options), _run("reference", *arrays, options=options))
 
 
 @pytest.mark.parametrize("options", [Options(), Options(0.7, 2.0, 3)])
@@ -256,7 +264,8 @@ def test_every_nesting_of_vmaps_is_right(name, options):
                 jax.vmap(call, (None, Cache(None, None, 0), None))(query[0], lengths, prompt),
                 jax.vmap(call, (-1, -1, None), 1)(*last, prompt))
 
-    for found, expected in zip(*(jax.jit(nestings, static_argnums=0)(which) for which in (name, "reference")), strict=True):
+    run = jax.jit(nestings, static_argnums=0)
+    for found, expected in zip(run(name), run("reference"), strict=True):
         _close(found, expected)
 
 

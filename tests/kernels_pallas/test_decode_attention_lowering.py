@@ -27,10 +27,10 @@ MODELS = {
     (8, 4, 1024, jnp.bfloat16), (16, 8, 4096, jnp.bfloat16), (8, 2, 1000, jnp.float32)])
 def test_lowers_for_real_models(platform, model, group, prompts, length, dtype):
     heads, key_heads, size, options = MODELS[model]
-    shape, count = lambda *sizes: jax.ShapeDtypeStruct(sizes, dtype), lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.int32)
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, dtype)
 
     def cache(*batch):
-        return Cache(*[shape(*batch, key_heads, length, size)] * 2, count(*batch))
+        return Cache(*[shape(*batch, key_heads, length, size)] * 2, jax.ShapeDtypeStruct(batch, jnp.int32))
 
     attend = functools.partial(decode_attention, options=options)
     arrays = shape(group, prompts, heads, size), cache(group, prompts), cache(prompts)

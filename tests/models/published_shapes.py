@@ -2,6 +2,8 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from rl_jax.models.mixture import Experts
 from rl_jax.models.network import Network
@@ -38,16 +40,12 @@ def model_type(name: str) -> str:
 
 
 def drawn(network: Network, seed: int = 0) -> dict:
-    """Parameters of order 1, all different; nothing is compiled."""
-    like = jax.eval_shape(network.initialise, jax.random.key(0))
-    leaves, tree = jax.tree.flatten(like)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    draw = jax.jit(lambda keys: [jax.random.normal(k, leaf.shape) / 2 for k, leaf in zip(keys, leaves, strict=True)])
-    return jax.tree.unflatten(tree, draw(keys))
+    """Parameters of order 1, every number of them drawn; nothing is compiled."""
+    like, rng = jax.eval_shape(network.initialise, jax.random.key(0)), np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, jnp.float32), like)
 
 
 def policy(shape: Shape, seed: int = 0) -> Policy:
     """A policy that was made here, every number of it drawn."""
     network = Network(shape)
     return Policy(network, drawn(network, seed))
-

@@ -18,7 +18,7 @@ import make_golden_checkpoints as golden  # noqa: E402  (scripts are no package)
 SIZES = {"vocab_size": 211, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3,
          "num_attention_heads": 6, "num_key_value_heads": 3, "rms_norm_eps": 1e-5}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5_000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 24}
+          "original_max_position_embeddings": 40}
 FULL, WINDOW = "full_attention", "sliding_attention"
 CASES = {
     "qwen2": ("qwen2", {**golden.base(1_000_000.0), "tie_word_embeddings": False}),

@@ -68,7 +68,7 @@ def test_ours_load_there(case, tmp_path):
     network = Network(pair.ours.network.shape, adapters)
     keys = iter(jax.random.split(jax.random.key(0), 1_000))
     parameters = jax.tree_util.tree_map_with_path(
-        lambda path, a: 0.3 * jax.random.normal(next(keys), a.shape) if path[-1].key in lora.LEAVES else a,
+        lambda path, a: 0.1 * jax.random.normal(next(keys), a.shape) if path[-1].key in lora.LEAVES else a,
         lora.fresh(pair.ours.parameters, network.initialise(jax.random.key(1))))
     policy = pretrained.Policy(network=network, parameters=parameters, config=pair.ours.config, tokenizer=None)
     logits = checkpoints.our_logits(policy, pair.tokens)
@@ -90,7 +90,7 @@ def test_adapters_that_do_something_else_are_refused(setting, tmp_path):
     """What peft writes for them, by the name of the setting."""
     import peft
 
-    pair = checkpoints.make("qwen3", tmp_path / "base")
+    pair = checkpoints.make("llama", tmp_path / "base")
     settings = peft.LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM", **setting)
     peft.get_peft_model(checkpoints.reread(pair.folder), settings).save_pretrained(tmp_path / "theirs")
     with pytest.raises(ValueError, match=next(iter(setting))):

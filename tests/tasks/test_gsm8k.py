@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 import sys
@@ -6,7 +7,7 @@ import types
 import pytest
 
 from rl_jax import experiment
-from rl_jax.tasks import chat, gsm8k, stream
+from rl_jax.tasks import chat, gsm8k, stream, task
 from tests.ends import tiny
 from tests.tasks import checkpoints
 
@@ -162,3 +163,13 @@ if PUBLISHED.is_dir():
             "train": 6961, "validation": 512, "held_out": 1319}
         for example in task.splits["held_out"][:100]:
             assert task.verifier.score(example.fields, task.tokenizer.decode(example.answer))["score"] == 1.0
+
+
+def test_a_question_of_ones_own_is_asked_as_the_tasks_are():
+    plain, chatty = (gsm8k.gsm8k(str(tiny.ROOT / "tests/ends/gsm8k"), validation_size=1, **more) for more in (
+        {}, {"tokenizer": str(checkpoints.FOLDER / "chatml"), "chat": {"system": "Be short."}}))
+    text = plain.splits["held_out"][0].text
+    assert task.question(plain, text) == dataclasses.replace(plain.splits["held_out"][0], fields={}, answer=None)
+    asked = task.question(chatty, text.rstrip("\n"))
+    assert asked.text.startswith("<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nSam has 2 cats")
+    assert chatty.splits["held_out"][0].prompt == asked.prompt
