@@ -125,8 +125,7 @@ def make_pieces(recipe: Recipe, task: tasks.Task, network: Network, optimiser: o
         state = dataclasses.replace(
             state, step=state.step + 1, parameters=parameters, optimiser=optimiser_state, control=control,
             skipped=jnp.where(metrics["gradient/skipped"] > 0, state.skipped + 1, 0), carried=carried)
-        metrics |= balance | {f"control/{name}": value for name, value in coefficients.items()
-                              if isinstance(value, jax.Array) and value.ndim == 0}
+        metrics |= balance | _numbers(coefficients)
         if recipe.rollout is not None:
             scored = scored if x.row is None else scored[x.row]
             metrics["reward/mean"] = jnp.where(scored, x.reward, 0.0).sum() / jnp.maximum(scored.sum(), 1)
@@ -147,6 +146,12 @@ def make_pieces(recipe: Recipe, task: tasks.Task, network: Network, optimiser: o
         return asking.room(recipe, network, ask, prompts, task.completion_length, axis)
 
     return Pieces(uniforms=uniforms, ask=ask, learn=learn, carried=carried)
+
+
+def _numbers(coefficients: dict[str, Any]) -> Metrics:
+    """The adapting coefficients that are numbers, for the metrics."""
+    return {f"control/{name}": value for name, value in coefficients.items()
+            if isinstance(value, jax.Array) and value.ndim == 0}
 
 
 def make_step(recipe: Recipe, task: tasks.Task, network: Network, optimiser: optax.GradientTransformation,

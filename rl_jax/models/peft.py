@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rl_jax.models import lora, safetensors, sharding, weights
-from rl_jax.models.families.family import PROJECTIONS, Path, Tensor
+from rl_jax.models.families.family import EXPERTS, PROJECTIONS, Path, Tensor
 from rl_jax.models.lora import Adapters
 from rl_jax.types import Parameters
 
@@ -57,7 +57,7 @@ def load(folder: pathlib.Path, parameters: Parameters, places: Mapping[Path, Ten
         for leaf, size in sizes.items():
             wanted |= {name: size[::-1] for name in _names(tensor, leaf)}
             found[(*path, leaf)] = (_names(tensor, leaf), (*whole.shape[:-2], *size))
-    opened.check(wanted)
+    opened.check(wanted, config=CONFIG)
 
     def read(path: Path, names: tuple[str, ...], shape: tuple[int, ...]) -> jax.Array:
         everything = (slice(None), slice(None))
@@ -76,7 +76,16 @@ def save(folder: pathlib.Path, parameters: Parameters, adapters: Adapters, place
     Args:
       folder: an existing one.
       base: path or id of the network that they belong to, for `base_model_name_or_path`.
+
+    Raises:
+      ValueError: for adapters that peft would take for another layer's.
     """
+    adapted = {str(path[-1]) for path, _ in _adapted(places, adapters)}
+    if adapted & set(EXPERTS) and any("mixture" in path for path in places):
+        raise ValueError(f"adapters on {sorted(adapted & set(EXPERTS))} of the dense layers of a network that mixes experts "
+                         "cannot be written: peft takes what has these names for the experts'. Merge them into the "
+                         "weights, or train with lora targets \"query|key|value|out\".")
+
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for path, tensor in _adapted(places, adapters):
             for leaf in MATRICES:
@@ -86,7 +95,7 @@ def save(folder: pathlib.Path, parameters: Parameters, adapters: Adapters, place
                     yield name, row.T
 
     safetensors.write(folder, tensors(), shard_bytes=1 << 62, single=FILE)
-    modules = sorted({PROJECTIONS[str(path[-1])].rsplit(".", 1)[-1] for path, _ in _adapted(places, adapters)})
+    modules = sorted(PROJECTIONS[name].rsplit(".", 1)[-1] for name in adapted)
     config: dict[str, Any] = {
         **PLAIN, "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": adapters.rank,
         "lora_alpha": adapters.alpha, "lora_dropout": 0.0, "target_modules": modules, "inference_mode": True}

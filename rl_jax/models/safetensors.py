@@ -73,27 +73,29 @@ class Folder:
                 raise ValueError(f"the shard {file} is missing; {INDEX} says that it holds {_some(sorted(names))}.")
         return dict(sorted(files.items()))
 
-    def check(self, wanted: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = ()) -> None:
+    def check(self, wanted: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = (), *,
+              config: str = "config.json") -> None:
         """Whether the folder holds these tensors, in these shapes and a dtype that can be read, and no others.
 
         Args:
           wanted: shapes by name.
           ignored: names, or ends of names, that may be there and are not read.
+          config: the file that asks for them.
 
         Raises:
           ValueError: naming file and tensor, with what was found and what was expected.
         """
         missing = sorted(wanted.keys() - self.entries.keys())
         if missing:
-            raise ValueError(f"{self.path} lacks {_some(missing)}, which its config.json asks for.")
+            raise ValueError(f"{self.path} lacks {_some(missing)}, which its {config} asks for.")
         extra = sorted(name for name in self.entries.keys() - wanted.keys() if not name.endswith(tuple(ignored)))
         if extra:
-            raise ValueError(f"{self.entries[extra[0]].file} holds {_some(extra)}, which its config.json does not ask "
-                             "for: this is another model than config.json says.")
+            raise ValueError(f"{self.entries[extra[0]].file} holds {_some(extra)}, which its {config} does not ask for: "
+                             "this is another model than it says.")
         for name, shape in wanted.items():
             entry = self.entries[name]
             if entry.shape != shape:
-                raise ValueError(f"{entry.file}: tensor {name!r} has the shape {entry.shape}, and config.json asks for "
+                raise ValueError(f"{entry.file}: tensor {name!r} has the shape {entry.shape}, and {config} asks for "
                                  f"{shape}.")
             if entry.dtype not in DTYPES:
                 raise ValueError(f"{entry.file}: tensor {name!r} is of type {entry.dtype}: allowed are "

@@ -2,7 +2,7 @@
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from rl_jax.models.lora import LEAVES
 
@@ -19,7 +19,7 @@ MEANING = {
 CUT_BY = {"vocabulary": "tensor", "heads": "tensor", "inner": "tensor", "width": "fsdp", "expert": "expert"}
 
 
-def spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """How the mesh cuts a parameter; an axis that does not divide, or whose mesh axis there is not, stays whole.
 
     Args:

@@ -59,6 +59,8 @@ CHARTS = (
     Chart("Skipped updates", ("gradient/skipped",), "Updates whose gradient was not finite.", smooth=False),
     Chart("Sampler against learner", ("rollout/logp_gap_nats",),
           "Largest difference of the log-probabilities of the same tokens.", "nats", log=True),
+    Chart("Load of the experts", ("routing/load", "routing/load_max"),
+          "Of the busiest expert, where an even load is 1: mean over the layers, and the worst layer."),
     Chart("Answer length", ("rollout/length",), "", "tokens"),
     Chart("Answers that end", ("rollout/finished",), "The rest is cut off at the budget.", "share"),
     Chart("Failed verifications", ("reward/failed",), "Answers left out of the statistics, never scored 0.",

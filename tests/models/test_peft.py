@@ -55,23 +55,32 @@ def test_what_is_saved_is_what_peft_wrote(scan_layers, tmp_path):
     assert written["base_model_name_or_path"] == "qwen3" and written["r"] == 4
 
 
-def test_adapters_of_ours_come_back(tmp_path):
-    """A mixture's dense layer has adapters in its inner layer, its experts have none: peft is told no more."""
-    shape = published_shapes.SHAPES["qwen3_moe"]
-    network = Network(shape, Adapters(rank=2, alpha=3.0))
+def written(name, adapters, folder):
+    """A base and adapters of ours, in folders of these names."""
+    network = Network(published_shapes.SHAPES[name], adapters)
     policy = pretrained.Policy(network, published_shapes.drawn(network))
-    pretrained.save(pretrained.Policy(Network(shape), lora.without(policy.parameters)), tmp_path / "base")
-    pretrained.save_adapters(policy, tmp_path / "adapters", str(tmp_path / "base"))
+    pretrained.save(pretrained.Policy(Network(network.shape), lora.without(policy.parameters)), folder / "base")
+    pretrained.save_adapters(policy, folder / "adapters", str(folder / "base"))
+    return policy, json.loads((folder / "adapters" / peft.CONFIG).read_text())
+
+
+@pytest.mark.parametrize("name, targets, modules", [
+    ("gemma3_text", "query|up", ["q_proj", "up_proj"]), ("qwen3_moe", "key|out", ["k_proj", "o_proj"]),
+    ("qwen3_moe, windowed", "query|gate", ["q_proj"])])
+def test_adapters_of_ours_come_back(name, targets, modules, tmp_path):
+    """peft is told of those that there are: experts have none, and it would make some."""
+    policy, config = written(name, Adapters(rank=2, alpha=3.0, targets=targets), tmp_path)
     found = pretrained.load(tmp_path / "adapters")
     jax.tree.map(np.testing.assert_array_equal, found.parameters, policy.parameters)
     assert (found.network.adapters.rank, found.network.adapters.alpha) == (2, 3.0)
-    names = folders.tensors(tmp_path / "adapters")
-    assert {name.split(".")[4] for name in names if "gate_proj" in name} == {"1", "3"}
-    assert json.loads((tmp_path / "adapters" / peft.CONFIG).read_text())["target_modules"] == [
-        "down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-    every = Network(published_shapes.SHAPES["qwen3_moe, windowed"], Adapters(rank=2, targets="query|gate"))
-    pretrained.save_adapters(pretrained.Policy(every, published_shapes.drawn(every)), tmp_path / "few", "base")
-    assert json.loads((tmp_path / "few" / peft.CONFIG).read_text())["target_modules"] == ["q_proj"]
+    assert config["target_modules"] == modules and config["lora_alpha"] == 3.0
+
+
+def test_what_peft_would_misunderstand_is_not_written(tmp_path):
+    """It takes down_proj of a dense layer for the experts' where others are mixed."""
+    with pytest.raises(ValueError, match=r"adapters on \['down'\] of the dense layers .* cannot be written: .*Merge them"):
+        written("qwen3_moe", Adapters(rank=2, targets="query|down"), tmp_path)
+    assert [one.name for one in tmp_path.iterdir()] == ["base"]
 
 
 def test_adapters_narrower_than_float32_are_read_exactly(tmp_path):
@@ -113,7 +122,7 @@ def renamed(old, new):
 
 WRONG = {
     "rank": (lambda held: held.update({DOWN: np.ones((5, 48), np.float32)}),
-             rf"{peft.FILE}: tensor '{DOWN}' has the shape \(5, 48\), and config.json asks for \(4, 48\)"),
+             rf"{peft.FILE}: tensor '{DOWN}' has the shape \(5, 48\), and adapter_config.json asks for \(4, 48\)"),
     "size": (lambda held: held.update({DOWN: np.ones((4, 47), np.float32)}), rf"{peft.FILE}: tensor '{DOWN}' .*\(4, 48\)"),
     "missing": (lambda held: held.pop(DOWN), f"lacks '{DOWN}'"),
     "half of them": (renamed("layers.1.mlp", "layers.7.mlp"), r"lacks 'base_model.model.model.layers.1.mlp.down_proj"),
