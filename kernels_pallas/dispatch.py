@@ -51,7 +51,7 @@ def pallas_call(body: Callable[..., None], *, warps: int = 4, stages: int = 2, s
       warps, stages: of Triton: warps per program, depth of its software pipeline.
       sequential: how many of the last grid axes must run in order on a TPU, because they add to one output block. A
         GPU runs all in any order: there such an axis must have length 1.
-      options: grid, in_specs, out_specs, out_shape, name, ...
+      options: grid, in_specs and out_specs, or a grid_spec with all three; out_shape, name, ...
     """
     where = platform()
     if where == "cpu":
@@ -59,7 +59,8 @@ def pallas_call(body: Callable[..., None], *, warps: int = 4, stages: int = 2, s
     if where == "gpu":
         parameters = triton.CompilerParams(num_warps=warps, num_stages=stages)
     else:
-        grid = options["grid"] if isinstance(options["grid"], tuple) else (options["grid"],)
+        grid = options["grid_spec"].grid if "grid_spec" in options else options["grid"]
+        grid = grid if isinstance(grid, tuple) else (grid,)
         parallel = len(grid) - sequential
         parameters = mosaic_tpu.CompilerParams(
             dimension_semantics=("parallel",) * parallel + ("arbitrary",) * sequential)

@@ -166,16 +166,7 @@ def _walk(plan: Blocks, options: Options, lengths: Array, window: Window | None,
     first = pl.BlockSpec((None, plan.rows, 1), lambda b, h, m, i, *_: (b, m, 0))
     scalars_first = mosaic_tpu.PrefetchScalarGridSpec(2, grid=(*grid, tiles), in_specs=[first, asked, tile, tile],
                                                       out_specs=out_specs)
-    return _steered(body, scalars_first, **named)(lengths, *window, query, key, value)
-
-
-def _steered(body: Callable[..., None], grid_spec: mosaic_tpu.PrefetchScalarGridSpec, **named: Any) -> Callable:
-    """`dispatch.pallas_call` of a walk whose scalars choose the blocks that are copied."""
-    if dispatch.platform() != "tpu":
-        return dispatch.pallas_call(body, grid_spec=grid_spec, **named)
-    order = ("parallel",) * (len(grid_spec.grid) - 1) + ("arbitrary",)
-    parameters = mosaic_tpu.CompilerParams(dimension_semantics=order)
-    return pl.pallas_call(body, grid_spec=grid_spec, compiler_params=parameters, **named)
+    return dispatch.pallas_call(body, sequential=1, grid_spec=scalars_first, **named)(lengths, *window, query, key, value)
 
 
 def _walk_body(positions: int, options: Options, lengths: Any, *arrays: Any) -> None:

@@ -195,9 +195,8 @@ def _check_dtype(dtype: str | None) -> None:
         raise ValueError(f"dtype={dtype!r}: allowed are {sorted(DTYPES)}, or None to keep each tensor's own.")
 
 
-@contextlib.contextmanager
-def new_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to write into, which gets its name when all is written, and is removed if anything goes wrong.
+def check_new(path: str | pathlib.Path) -> None:
+    """Whether a folder of this name can be made.
 
     Raises:
       ValueError: if there is something of that name.
@@ -205,6 +204,17 @@ def new_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     path = pathlib.Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is not empty: give a new folder.")
+
+
+@contextlib.contextmanager
+def new_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to write into, which gets its name when all is written, and is removed if anything goes wrong.
+
+    Raises:
+      ValueError: if there is something of that name.
+    """
+    check_new(path)
+    path = pathlib.Path(path)
     unfinished = path.with_name(f"{path.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

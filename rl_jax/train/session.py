@@ -210,7 +210,7 @@ class Session:
 
     def _restored(self, one: loop.PhaseLoop, key: Any, stream: Any, at: dict[str, Any], latest: int):
         stream.restore(at["data"])
-        like = jax.eval_shape(one.initial_state, key)
+        like = jax.eval_shape(one.initial_state, key, first_shapes(self.experiment, one.phase.scale.seeds))
         state = self._saved.restore(latest, like)
         pending = None
         if at["pending"]:
@@ -323,6 +323,15 @@ class Session:
                                                          "validation/pass@1_stderr": estimate[1]})
         self._progress.note(f"step {number}: validation pass@1 {estimate[0]:.3f} +- {estimate[1]:.3f}")
         return float(estimate[0]) if np.isfinite(estimate[0]) else checkpoint.NOT_VALIDATED
+
+
+def first_shapes(experiment: Experiment, seeds: int) -> Any:
+    """Shapes of the weights that every phase is given, by those that the first one starts from; None for fresh ones."""
+    if experiment.pretrained is None:
+        return None
+    made, lead = Network(experiment.shape).initialise, () if seeds == 1 else (seeds,)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((*lead, *a.shape), experiment.pretrained.dtype),
+                        jax.eval_shape(made, jax.random.key(0)))
 
 
 def pretrained_weights(start: Pretrained) -> Any:

@@ -51,7 +51,7 @@ def load(workdir: pathlib.Path | str, which: str = "best") -> Trained:
         # neither answers nor what is carried between steps is drawn here
         plain = dataclasses.replace(phase, recipe=dataclasses.replace(phase.recipe, rollout=None))
         one = loop.PhaseLoop(plain, parsed.task, network)
-        like = jax.eval_shape(one.initial_state, jax.random.key(0))
+        like = jax.eval_shape(one.initial_state, jax.random.key(0), session.first_shapes(parsed, phase.scale.seeds))
         policy = saved.restore_parameters(step, like.parameters)["policy"]
         kept = {"policy": like.frozen["policy"]} if "policy" in like.frozen else {}
         policy = trainable.joined(policy, saved.restore_frozen(cursor["phase"], kept).get("policy", {}))

@@ -238,8 +238,7 @@ def test_a_vmap_over_replicas_keeps_the_group_in_one_product(name, options):
 @with_options
 def test_a_vmap_over_samples_is_the_group(implementation, options):
     arrays = _arrays()
-    expected = _run("reference", *arrays, options=options)
-    _close(jax.jit(_over_samples(implementation, options))(*arrays), expected)
+    _close(jax.jit(_over_samples(implementation, options))(*arrays), _run("reference", *arrays, options=options))
 
 
 @with_options
@@ -247,7 +246,6 @@ def test_a_vmap_over_samples_is_the_group(implementation, options):
 def test_every_nesting_of_vmaps_is_right(name, options):
     """Also those that no rollout has: the prompt's cache mapped, or nothing of a sample but its query or lengths."""
     query, own, prompt = _arrays(e=16)
-
     copied = jax.tree.map(lambda a: jnp.stack([a] * 3), prompt)
     first = jax.tree.map(lambda a: a[0], own)
     lengths = first._replace(lengths=jnp.arange(3)[:, None] + jnp.array([[1, 2]]))
@@ -269,7 +267,6 @@ def test_inside_a_while_loop_over_replicas(implementation, options):
     """As a rollout of seeds runs: vmap over samples in the loop's body, a named vmap around the loop."""
     query, own, prompt = _arrays()
     replicas = jax.tree.map(lambda a: jnp.stack([a, a]), (query, own, prompt))
-    step = _over_samples(implementation, options)
 
     def draw(step, query, own, prompt):
         def body(carry):
@@ -283,7 +280,8 @@ def test_inside_a_while_loop_over_replicas(implementation, options):
         return jax.lax.while_loop(unfinished, body, (0, query, jnp.zeros_like(query)))[2]
 
     run = lambda step: jax.jit(jax.vmap(functools.partial(draw, step), axis_name="seed"))(*replicas)
-    _close(run(step), run(functools.partial(decode_attention, options=options, implementation="reference")))
+    expected = run(functools.partial(decode_attention, options=options, implementation="reference"))
+    _close(run(_over_samples(implementation, options)), expected)
 
 
 @with_options
@@ -343,7 +341,7 @@ def test_tiles_outside_the_window_do_no_work(implementation, lengths):
     A window of 10: the first prompt, or both, are not seen at all.
     """
     (query, own, prompt), options = _arrays(s=48, t=48), Options(window=10)
-    own, prompt = own._replace(lengths=jnp.array(lengths)), prompt._replace(lengths=jnp.array([48, 40]))
+    own, prompt = (c._replace(lengths=jnp.array(n)) for c, n in ((own, lengths), (prompt, [48, 40])))
     place, own_lengths = np.arange(48), np.array(lengths)[..., None]
     near = (place < own_lengths) & (place >= own_lengths - 10)
     far = (place < [[48], [40]]) & (place - [[48], [40]] >= own_lengths - 10)
@@ -371,8 +369,7 @@ def test_a_window_that_hides_nothing_costs_nothing(name):
 
 def test_sums_of_nothing_are_neutral(implementation):
     query, own, prompt = _arrays()
-    sums = {"xla": forward.tiled, "pallas": kernel.sums}[implementation]
-    q = reference.by_key_head(query, 2)
+    sums, q = {"xla": forward.tiled, "pallas": kernel.sums}[implementation], reference.by_key_head(query, 2)
     some = jax.jit(sums)(q, own)
     without = jax.jit(sums)(q, own._replace(lengths=jnp.zeros_like(own.lengths)))
     ahead = jax.jit(functools.partial(sums, options=Options(window=9)))(q, own, jnp.full((3, 2, 2), 21))

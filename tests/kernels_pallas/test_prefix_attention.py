@@ -234,6 +234,18 @@ def test_without_a_prompt_it_is_causal_attention(implementation):
 
 
 @every_implementation
+@pytest.mark.parametrize("options", [CAPPED._replace(window=9), Options(window=1)], ids=["window, cap, scale", "itself"])
+def test_without_a_prompt_the_options_hold(implementation, options):
+    """As a prompt attends to itself, in networks with windows and bounded scores."""
+    given, seen = arrays(p=4, g=1, s=0), Seen(jnp.zeros(4, jnp.int32), options=options)
+    out, cotangents = value_and_gradient(given, seen, implementation)
+    expected, slopes = value_and_gradient(given, seen, "reference")
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+    for found, slope in zip(cotangents, slopes, strict=True):
+        np.testing.assert_allclose(found, slope, rtol=1e-4, atol=2e-5)
+
+
+@every_implementation
 def test_huge_scores_are_finite(implementation):
     found = jax.jit(lambda *x: prefix_attention(*x, WHOLE, implementation))(*(1e3 * x for x in arrays()))
     assert np.isfinite(found).all()

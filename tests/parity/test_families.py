@@ -1,8 +1,8 @@
 """Every family beside transformers, live: other seeds, sizes and settings than the golden checkpoints.
 
 The arithmetic differs in order only: logits agree to 2e-6 of the largest one in float32 (asserted: 2e-5). In bfloat16
-they differ from the float32 ones by 1 to 3 % of the logits' spread, in the root mean square, and ours by 0.8 to 0.95 times
-as much as theirs (asserted: 1.5 times).
+they differ from the float32 ones by 1 to 3 % of the logits' spread (root mean square); ours do by 0.8 to 0.95 times as
+much as theirs (asserted: 1.5 times).
 """
 import copy
 import json
