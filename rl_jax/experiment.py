@@ -8,7 +8,7 @@ import ml_collections
 
 from rl_jax import hub
 from rl_jax.learner.optimiser import Optimiser
-from rl_jax.models import quantised, trainable, weights
+from rl_jax.models import quantised, trainable
 from rl_jax.models.families import published
 from rl_jax.models.lora import Adapters
 from rl_jax.models.shape import DTYPES, Shape
@@ -230,7 +230,7 @@ def shape(values: Mapping[str, Any], task: Task) -> Shape:
     if own.fingerprint != task.tokenizer.fingerprint:
         raise ValueError(f"config.model.path={start.path!r} has the tokenizer {own.fingerprint}, and the task's is "
                          f"{task.tokenizer.fingerprint}: set task.args.tokenizer to the model's path.")
-    found = published.shape_of(weights.read_json(folder / "config.json"), compute=start.compute, remat=start.remat,
+    found = published.shape_of(hub.read_json(folder / "config.json"), compute=start.compute, remat=start.remat,
                                scan_layers=start.scan_layers)
     if own.size > found.vocabulary:
         raise ValueError(f"config.model.path={start.path!r}: its tokenizer has {own.size} ids and its embedding "

@@ -1,6 +1,8 @@
 """Checkpoints of the Hugging Face hub as local folders."""
+import json
 import pathlib
 import re
+from typing import Any
 
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
 INSTALL = "pip install rl_jax[hf]"
@@ -50,3 +52,20 @@ def folder(path_or_id: str) -> pathlib.Path:
         wrong = (f"there is no such folder, and it is not in the cache and cannot be fetched ({error}). Fetch it where "
                  f"there is a network (`hf download {name['repository']}`) and give the folder's path")
     raise ValueError(f"{path_or_id!r}: {wrong}.")
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """The object in one of a checkpoint's JSON files.
+
+    Raises:
+      ValueError: if the file is missing or holds no JSON object; names it.
+    """
+    if not file.is_file():
+        raise ValueError(f"there is no {file}: give the folder of a checkpoint as transformers writes it.")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds a {type(found).__name__}: expected an object.")
+    return found

@@ -93,7 +93,7 @@ def _as_checkpoint(found):
                   "eos_token_id": list(tokenizer.stop_ids)}
         return pretrained.Policy(found.network, found.policy, config)
     folder = hub.folder(start.path)
-    return pretrained.Policy(found.network, found.policy, weights.read_json(folder / "config.json"),
+    return pretrained.Policy(found.network, found.policy, hub.read_json(folder / "config.json"),
                              CheckpointTokenizer(folder), folder=folder)
 
 

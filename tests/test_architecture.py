@@ -31,7 +31,7 @@ MAY_IMPORT = {
        for stage in PURE_STAGES},
     "rl_jax.rollout": ("rl_jax.rollout", "rl_jax.models", "rl_jax.recipe", "rl_jax.record", "rl_jax.types",
                        "kernels_pallas"),
-    "rl_jax.models": ("rl_jax.models", "rl_jax.types", "kernels_pallas"),
+    "rl_jax.models": ("rl_jax.hub", "rl_jax.models", "rl_jax.types", "kernels_pallas"),
     "rl_jax.learner": LEARNER,
     "rl_jax.learner.step": (*LEARNER, "rl_jax.tasks.judge", "rl_jax.tasks.task"),  # make_step takes a whole task
     "rl_jax.recipes": ("rl_jax.recipe", "rl_jax.masked", "rl_jax.rollout.perturb",

@@ -67,9 +67,9 @@ class Mixture(nnx.Module):
         Args:
           chosen: ids to replay; their weights are the router's of today. None: the most probable.
         """
-        # In full float32 whatever x is: near ties must not be decided by rounding.
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        logits = jnp.matmul(wide, self.router[...], precision=jax.lax.Precision.HIGHEST)
+        # In full float32 whatever rows and router are kept in: near ties must not be decided by rounding.
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        logits = jnp.matmul(x.astype(wide), self.router[...].astype(wide), precision=jax.lax.Precision.HIGHEST)
         if chosen is None:
             chosen, weight = route(logits, self.sizes.chosen, self.sizes.normalised)
         else:

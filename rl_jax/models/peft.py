@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from rl_jax import hub
 from rl_jax.models import lora, safetensors, sharding, weights
 from rl_jax.models.families.family import EXPERTS, PROJECTIONS, Path, Tensor
 from rl_jax.models.lora import Adapters
@@ -35,9 +36,9 @@ def load(folder: pathlib.Path, parameters: Parameters, places: Mapping[Path, Ten
     Raises:
       ValueError: for another kind of adapter, and for tensors that do not fit the base network; names them.
     """
-    config = weights.read_json(folder / CONFIG)
+    config = hub.read_json(folder / CONFIG)
     for name, allowed in PLAIN.items():
-        if config.get(name, allowed) != allowed and config[name] is not None:
+        if config.get(name) and config[name] != allowed:  # empty is none
             raise ValueError(f"{folder / CONFIG}: {name}={config[name]!r}: allowed is {allowed!r}.")
     lacking = [name for name in ("r", "lora_alpha") if config.get(name) is None]
     if lacking:

@@ -99,7 +99,7 @@ def load(path_or_id: str | pathlib.Path, *, dtype: str | None = None, mesh: Mesh
     folder = hub.folder(str(path_or_id))
     if (folder / peft.CONFIG).is_file():
         return _with_adapters(folder, dtype=dtype, mesh=mesh, **options)
-    config = weights.read_json(folder / "config.json")
+    config = hub.read_json(folder / "config.json")
     shape, scores = published.shape_of(config, **options), is_reward_model(config)
     # a model that scores texts has no matrix of logits of its own
     network = Network(dataclasses.replace(shape, tied=True) if scores else shape)
@@ -114,7 +114,7 @@ def load(path_or_id: str | pathlib.Path, *, dtype: str | None = None, mesh: Mesh
 
 
 def _with_adapters(folder: pathlib.Path, **how: Any) -> Policy:
-    base = weights.read_json(folder / peft.CONFIG).get("base_model_name_or_path")
+    base = hub.read_json(folder / peft.CONFIG).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{folder / peft.CONFIG} names no base_model_name_or_path: the adapters' base is not known.")
     beside = folder.parent / base  # as a path, it may be relative to the folder's own place

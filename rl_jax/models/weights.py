@@ -1,6 +1,5 @@
 """From the tensors of a checkpoint folder to parameters, straight into their place on the devices, and back."""
 import functools
-import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -18,23 +17,6 @@ from rl_jax.types import Parameters
 
 # Tensors that a checkpoint may hold and that nothing is read from: constants of the rotary embedding in old ones.
 IGNORED = ("rotary_emb.inv_freq",)
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-      ValueError: if the file is missing or no JSON object; names it.
-    """
-    if not path.is_file():
-        raise ValueError(f"there is no {path}: give the folder of a checkpoint as transformers writes it.")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}; expected an object.")
-    return found
 
 
 def layout(config: dict[str, Any], shape: Shape) -> dict[Path, Tensor]:

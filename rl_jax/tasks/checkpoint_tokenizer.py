@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rl_jax import hub
 from rl_jax.tasks import template
 
 PROBE = "\ue000"  # an assistant's words, to see what the chat template puts behind them
@@ -183,12 +184,4 @@ def _template_source(folder: pathlib.Path, config: Mapping[str, Any]) -> str | N
 
 def _read(file: pathlib.Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one if there is no file."""
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds a {type(found).__name__}: expected an object.")
-    return found
+    return hub.read_json(file) if file.is_file() else {}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from rl_jax import hub
 from rl_jax.models import lora, pretrained, safetensors, transformer, weights
 from rl_jax.models.lora import Adapters
 from rl_jax.models.network import Network
@@ -226,7 +227,7 @@ def test_a_policy_scores_nothing_and_a_reward_model_one_number(tmp_path):
     with pytest.raises(ValueError, match="gives each text 2 numbers"):
         pretrained.load(folder)
     folders.edited(folder, id2label={"0": "a"})
-    assert pretrained.is_reward_model(weights.read_json(folder / "config.json"))
+    assert pretrained.is_reward_model(hub.read_json(folder / "config.json"))
     assert not pretrained.is_reward_model({}) and not pretrained.is_reward_model({"architectures": ["LlamaForCausalLM"]})
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as library
 
+from rl_jax import hub
 from rl_jax.models import safetensors, weights
 from rl_jax.models.families import published
 from rl_jax.models.families.family import Tensor
@@ -114,19 +115,19 @@ def test_paths_and_trees():
 
 
 @pytest.mark.parametrize("text, message", [
-    (None, "there is no .*config.json: give the folder of a checkpoint"), ("{", "config.json is no JSON"),
-    ("[1]", "config.json holds a list; expected an object")])
+    (None, "there is no .*config.json: give the folder of a checkpoint"), ("{", "config.json is not JSON"),
+    ("[1]", "config.json holds a list: expected an object")])
 def test_json_that_cannot_be_read_is_named(text, message, tmp_path):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
-        weights.read_json(tmp_path / "config.json")
+        hub.read_json(tmp_path / "config.json")
 
 
 def test_the_file_is_let_go(tmp_path):
     """Its folder can be taken away behind it, and nothing of the parameters goes."""
     folder = folders.copied("qwen2", tmp_path)
-    config = weights.read_json(folder / "config.json")
+    config = hub.read_json(folder / "config.json")
     shape = published.shape_of(config)
     like = weights.shapes_of(Network(shape))
     found = weights.load(folder, weights.layout(config, shape), like)
