@@ -8,6 +8,7 @@ import ml_collections
 
 from rl_jax import hub
 from rl_jax.learner.optimiser import Optimiser
+from rl_jax.models import mesh as meshes
 from rl_jax.models import quantised, trainable
 from rl_jax.models.families import published
 from rl_jax.models.lora import Adapters
@@ -17,7 +18,7 @@ from rl_jax.sections import check_names, named, named_section, plain, typed
 from rl_jax.tasks.checkpoint_tokenizer import CheckpointTokenizer
 from rl_jax.tasks.task import PureVerifier, Task
 
-SECTIONS = ("task", "model", "recipe", "optimiser", "scale", "run", "before")
+SECTIONS = ("task", "model", "recipe", "optimiser", "scale", "run", "mesh", "before")
 PLAIN_SIZES = ("width", "layers", "heads", "key_heads", "head_size", "inner", "scan_layers", "remat", "compute")
 PROGRAMS = ("one", "split")
 TRACKERS = ("tensorboard", "wandb")
@@ -132,7 +133,8 @@ class Phase:
 class Experiment:
     """A checked experiment: the task, the network's shape, the phases in order, and what surrounds them.
 
-    `pretrained` is the checkpoint whose weights the first phase starts from; None starts from fresh ones.
+    `pretrained` is the checkpoint whose weights the first phase starts from; None starts from fresh ones. `mesh` says
+    how many devices cut the batch and the weights.
     """
 
     task: Task
@@ -140,6 +142,7 @@ class Experiment:
     phases: tuple[Phase, ...]
     run: Run
     pretrained: Pretrained | None = None
+    mesh: meshes.Sizes = meshes.Sizes()
 
 
 def recipe_section(name: str, **overrides: Any) -> ml_collections.ConfigDict:
@@ -195,12 +198,13 @@ def parse(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
       ValueError: naming the field, what was given, what is allowed and what to do.
     """
     config = plain(config)
-    check_names("config", config, SECTIONS, optional=("before",))
+    check_names("config", config, SECTIONS, optional=("before", "mesh"))
     run = typed(Run, config["run"], "config.run")
     task = named("task", "rl_jax.tasks", config["task"], "config.task")
     main = phase({name: config[name] for name in ("recipe", "optimiser", "scale")}, "config")
     experiment = Experiment(task=task, shape=shape(config["model"], task), phases=(*before(config), main), run=run,
-                            pretrained=pretrained(config["model"]))
+                            pretrained=pretrained(config["model"]),
+                            mesh=typed(meshes.Sizes, config.get("mesh", {}), "config.mesh"))
     check(experiment)
     return experiment
 
@@ -268,10 +272,26 @@ def check(experiment: Experiment) -> None:
              f"config.run.validate_every={run.validate_every}, but task {task.name!r} has no validation split: "
              "give it one, or set validate_every=0.")
     for index, phase in enumerate(experiment.phases):
+        _check_mesh(phase, experiment, f"phase {index + 1} of {len(experiment.phases)} ({phase.recipe.name})")
         _check_phase(phase, run, task, f"phase {index + 1} of {len(experiment.phases)} ({phase.recipe.name})")
     _require(len({phase.scale.seeds for phase in experiment.phases}) == 1,
              f"scale.seeds differ between phases: {[phase.scale.seeds for phase in experiment.phases]}. "
              "A replica's weights pass from phase to phase: give all phases the same number.")
+
+
+def _check_mesh(phase: Phase, experiment: Experiment, where: str) -> None:
+    sizes, scale, shape = experiment.mesh, phase.scale, experiment.shape
+    if sizes.devices == 1:
+        return
+    pieces = sizes.rows * scale.microbatches * phase.recipe.schedule.minibatches
+    _require(scale.prompts_per_step % pieces == 0,
+             f"{where}: scale.prompts_per_step={scale.prompts_per_step} cannot be cut over the {sizes.rows} devices of data, "
+             f"fsdp and expert in {pieces // sizes.rows} pieces: make it a multiple of {pieces}.")
+    _require(scale.seeds == 1, f"{where}: scale.seeds={scale.seeds}: replicas are trained on one device: set "
+             "every axis of config.mesh to 1, or seeds=1.")
+    for name, value in (("key_heads", shape.key_heads), ("inner", shape.inner), ("vocabulary", shape.vocabulary)):
+        _require(value % sizes.tensor == 0, f"config.mesh.tensor={sizes.tensor} does not divide the network's {name}="
+                 f"{value}: take a divisor.")
 
 
 def _check_phase(phase: Phase, run: Run, task: Task, where: str) -> None:

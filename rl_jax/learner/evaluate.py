@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
 from kernels_pallas.linear_logprob import statistics
-from kernels_pallas.linear_logprob.op import linear_logprob
 from kernels_pallas.linear_policy_loss.reference import Head
 from rl_jax.learner import gate, roles, update
-from rl_jax.models import heads
+from rl_jax.models import heads, mesh
 from rl_jax.models.network import Network
 from rl_jax.models.routes import Routes
 from rl_jax.recipe import Recipe
@@ -43,7 +42,11 @@ def make_objective(recipe: Recipe, network: Network, temperature: float) -> upda
     Args:
       temperature: of the rollout; greater than 0.
     """
+    in_two_steps = update.make_objective(recipe, make_evaluate(network, temperature))
+
     def objective(parameters: dict[str, Parameters], x: Experience, weight: Any, share: Float[Array, "N T"]):
+        if mesh.current() is not None:  # there every device makes the log-probabilities of its own rows and tokens
+            return in_two_steps(parameters, x, weight, share)
         hidden = _hidden(network, parameters["policy"], x)
         head = Head(hidden.reshape(x.tokens.size, -1), network.vocabulary(parameters["policy"]), x.tokens.reshape(-1),
                     temperature, network.logit_cap, _support(x))
@@ -98,9 +101,8 @@ def with_routes(recipe: Recipe, network: Network, parameters: Parameters, x: Exp
 def _of_hidden(network: Network, parameters: Parameters, hidden: Float[Array, "N T D"], x: Experience,
                temperature: float, implementation: str | None) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
     n, t, d = hidden.shape
-    logp, entropy = linear_logprob(hidden.reshape(n * t, d), network.vocabulary(parameters), x.tokens.reshape(-1),
-                                   temperature=temperature, soft_cap=network.logit_cap, support=_support(x),
-                                   implementation=implementation)
+    logp, entropy = network.logprob(hidden.reshape(n * t, d), network.vocabulary(parameters), x.tokens.reshape(-1),
+                                    temperature=temperature, support=_support(x), implementation=implementation)
     return logp.reshape(n, t), entropy.reshape(n, t)
 
 

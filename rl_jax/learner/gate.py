@@ -14,6 +14,7 @@ from kernels_pallas.linear_policy_loss.reference import Batch, Head
 from kernels_pallas.policy_gate import portable, reference, trace
 from kernels_pallas.policy_gate.op import DIAGNOSED, policy_gate
 from kernels_pallas.policy_gate.reference import Gated
+from rl_jax.models import mesh
 from rl_jax.recipe import Recipe
 from rl_jax.types import Evaluated, Experience
 
@@ -78,7 +79,9 @@ def gated(recipe: Recipe, policy: Evaluated, x: Experience, weight: Any, share: 
     """
     slot = of_recipe(recipe, policy, x)
     weight = _weight(recipe, slot, weight)
-    run = functools.partial(policy_gate, level=None) if slot.closed else reference.policy_gate
+    # XLA cuts arrays over a mesh, and no kernel
+    in_kernel = slot.closed and mesh.current() is None
+    run = functools.partial(policy_gate, level=None) if in_kernel else reference.policy_gate
     return run(slot.gate, said(policy), slot.given, x.mask, weight, share)
 
 

@@ -12,6 +12,7 @@ from kernels_pallas.decode_attention.op import decode_attention
 from kernels_pallas.decode_attention.reference import Cache
 from kernels_pallas.prefix_attention.op import prefix_attention
 from kernels_pallas.prefix_attention.visibility import Options, Seen
+from rl_jax.models import mesh
 
 PLAIN = Options()
 
@@ -23,12 +24,12 @@ def prompt(query: Float[Array, "P S H E"], key: Float[Array, "P S K E"], value: 
     Args:
       options: scale, bound and window of the scores.
     """
-    if options.soft_cap is None and _runs_on_cudnn(query):
+    if options.soft_cap is None and mesh.current() is None and _runs_on_cudnn(query):
         window = None if options.window is None else (options.window - 1, 0)
         return jax.nn.dot_product_attention(query, key, value, scale=options.scale, is_causal=True,
                                             local_window_size=window, implementation="cudnn")
     nothing = Seen(jnp.zeros(query.shape[0], jnp.int32), options=options)
-    return prefix_attention(query, key, value, key[:, :0], value[:, :0], nothing)
+    return prefix_attention(query, key, value, key[:, :0], value[:, :0], nothing, _implementation())
 
 
 def shared_prefix(query: Float[Array, "N T H E"], key: Float[Array, "N T K E"], value: Float[Array, "N T K E"],
@@ -42,7 +43,8 @@ def shared_prefix(query: Float[Array, "N T H E"], key: Float[Array, "N T K E"], 
       prompt_seen: how many of the prompt's first positions may be seen, 0 to S.
       options: scale, bound and window of the scores.
     """
-    return prefix_attention(query, key, value, prompt_key, prompt_value, Seen(prompt_seen, options=options))
+    return prefix_attention(query, key, value, prompt_key, prompt_value, Seen(prompt_seen, options=options),
+                            _implementation())
 
 
 def one_query(query: Float[Array, "P H E"], own: Cache, prompt: Cache,
@@ -56,7 +58,12 @@ def one_query(query: Float[Array, "P H E"], own: Cache, prompt: Cache,
       prompt: those of the prompts, [P, K, S, E].
       options: scale, bound and window of the scores.
     """
-    return decode_attention(query, own, prompt, options=options)
+    return decode_attention(query, own, prompt, options=options, implementation=_implementation())
+
+
+def _implementation() -> str | None:
+    """On a mesh the one that XLA cuts over devices: it cuts no Pallas kernel."""
+    return None if mesh.current() is None else "xla"
 
 
 def _runs_on_cudnn(query: Float[Array, "..."]) -> bool:

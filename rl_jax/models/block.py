@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.prefix_attention.visibility import Options
-from rl_jax.models import dense, norm, rotary
+from rl_jax.models import dense, mesh, norm, rotary
 from rl_jax.models.lora import Adapters
 from rl_jax.models.mixture import Mixture
 from rl_jax.models.shape import Kind, Shape, depth_scale
@@ -52,9 +52,8 @@ class Block(nnx.Module):
         """Queries [M, H, E], keys and values [M, K, E] of each row, turned to their positions."""
         rows, size = x.shape[0], self.shape.head_size
         y = self.before_attention(x)
-        query = self.query(y).reshape(rows, -1, size)
-        key = self.key(y).reshape(rows, -1, size)
-        value = self.value(y).reshape(rows, -1, size)
+        query, key, value = (mesh.cut(project(y).reshape(rows, -1, size), "tensor")
+                             for project in (self.query, self.key, self.value))
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         frequency = rotary.frequencies(size, self.kind.rotary_base, self.kind.rotary_scaling)
@@ -70,11 +69,12 @@ class Block(nnx.Module):
         Returns:
           The layer's output, and the experts of each row (None for a dense layer).
         """
-        mixed = self.out(attended)
+        mixed = mesh.cut(self.out(mesh.cut(attended, "tensor")))
         x = x + (mixed if self.after_attention is None else self.after_attention(mixed))
         y = self.before_inner(x)
         if self.mixture is None:
-            y, chosen = self.down(ACTIVATIONS[self.shape.activation](self.gate(y)) * self.up(y)), None
+            inner = ACTIVATIONS[self.shape.activation](mesh.cut(self.gate(y), "tensor")) * mesh.cut(self.up(y), "tensor")
+            y, chosen = mesh.cut(self.down(inner)), None
         else:
             y, chosen = self.mixture(y, chosen)
         return x + (y if self.after_inner is None else self.after_inner(y)), chosen

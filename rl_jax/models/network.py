@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int, Key
+from jaxtyping import Array, Float, Float32, Int, Key, UInt32
 
-from rl_jax.models import lora, transformer
+from kernels_pallas.linear_logprob import sharded
+from kernels_pallas.linear_logprob.op import linear_logprob
+from rl_jax.models import lora, mesh, transformer
 from rl_jax.models.lora import Adapters
 from rl_jax.models.routes import Routes
 from rl_jax.models.shape import Shape
@@ -73,6 +75,19 @@ class Network:
     def vocabulary(self, parameters: Parameters) -> Float[Array, "V D"]:
         """The head matrix (`Transformer.vocabulary`)."""
         return self.module(parameters).vocabulary()
+
+    def logprob(self, hidden: Float[Array, "M D"], vocabulary: Float[Array, "V D"], targets: Int[Array, " M"], *,
+                temperature: float = 1.0, support: UInt32[Array, "M W"] | None = None,
+                implementation: str | None = None) -> tuple[Float32[Array, " M"], Float32[Array, " M"]]:
+        """`linear_logprob` within the network's bound; on a mesh every device passes over its own rows and tokens."""
+        found = mesh.current()
+        if found is None:
+            return linear_logprob(hidden, vocabulary, targets, temperature=temperature, soft_cap=self.logit_cap,
+                                  support=support, implementation=implementation)
+        layout = sharded.Layout(found, mesh.row_axes(hidden.shape[0]), mesh.axis_of("tensor", vocabulary.shape[0]),
+                                implementation)
+        return sharded.linear_logprob(hidden, vocabulary, targets, layout, temperature=temperature,
+                                      soft_cap=self.logit_cap, support=support)
 
     @property
     def logit_cap(self) -> float | None:

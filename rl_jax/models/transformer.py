@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.decode_attention.reference import Cache
-from rl_jax.models import attention, norm
+from rl_jax.models import attention, mesh, norm
 from rl_jax.models.block import Block
 from rl_jax.models.lora import Adapters
 from rl_jax.models.routes import Routes, of_layers
@@ -98,7 +98,7 @@ class Transformer(nnx.Module):
     def empty_cache(self, rows: int, length: int) -> tuple[Any, Any]:
         """Room for the keys and values of `length` tokens in each of `rows` sequences, [rows, K, length, E]."""
         shape = self.shape
-        one = jnp.zeros((rows, shape.key_heads, length, shape.head_size), DTYPES[shape.compute])
+        one = mesh.cut(jnp.zeros((rows, shape.key_heads, length, shape.head_size), DTYPES[shape.compute]), "tensor")
         if shape.scan_layers:
             many = jnp.broadcast_to(one, (shape.layers, *one.shape))
             return many, many
@@ -135,7 +135,7 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens: Int[Array, " M"]) -> Float[Array, "M D"]:
         x = self.embedding[...].astype(DTYPES[self.shape.compute])[tokens]
-        return x * self.shape.width**0.5 if self.shape.scale_embedding else x
+        return mesh.cut(x * self.shape.width**0.5 if self.shape.scale_embedding else x)
 
     def _through_layers(self, layer: Callable, carry: Any, given: Any = None, remat: bool = False) -> tuple[Any, Any]:
         """(carry, what the mixing layers made), with carry, made = layer(block, index, carry, given) for every block.

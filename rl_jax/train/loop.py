@@ -6,16 +6,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
 from rl_jax.experiment import Phase
 from rl_jax.learner import optimiser, step
+from rl_jax.models import mesh as meshes
+from rl_jax.models import sharding
 from rl_jax.models.network import Network
 from rl_jax.recipe import Recipe
 from rl_jax.tasks import judge
 from rl_jax.tasks import task as tasks
 from rl_jax.tasks.stream import Stream, batch
 from rl_jax.types import Experience, Parameters, Prompts, TrainState, Verdict
+
+# the fields of a state that hold weights, or one number for each
+WEIGHTS = tuple(jax.tree_util.GetAttrKey(name) for name in ("parameters", "optimiser", "frozen"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +51,16 @@ class PhaseLoop:
     """The compiled programs of one phase, by name in `compiled`, and the ticks that they make."""
 
     def __init__(self, phase: Phase, task: tasks.Task, network: Network, *, workers: Any = None,
-                 shown_groups: int | None = None, mesh: jax.sharding.Mesh | None = None):
+                 shown_groups: int | None = None, mesh: Mesh | None = None):
         """Composes the programs; nothing is compiled before `prepare` or the first tick.
 
         Args:
           workers: where a host verifier runs (`reward.worker.Workers`).
           shown_groups: groups whose experience a tick carries; None carries all.
-          mesh: the devices a batch is sharded over; None for one.
+          mesh: the devices that batch and weights are cut over; None for one. Everything that compiles must run
+            under `jax.set_mesh(mesh)`.
         """
+        self.mesh = mesh
         self.phase, self.task, self.workers = phase, task, workers
         self.network = dataclasses.replace(network, adapters=phase.adapters)
         numbers = phase.optimiser
@@ -96,9 +104,44 @@ class PhaseLoop:
             return step.initial_state(self.phase.recipe, self.network, self.optimiser, key, policy,
                                       examples=len(examples), carried=self.pieces.carried(like), train=self.phase.scale.train)
 
+        if self.mesh is not None:
+            placed = {"out_shardings": self.shardings(jax.eval_shape(one, jax.random.key(0), None))}
+            return jax.jit(one, **placed), jax.jit(one, **placed)
         if self.phase.scale.seeds == 1:
             return jax.jit(one), jax.jit(one)
         return jax.jit(jax.vmap(one, (0, None))), jax.jit(jax.vmap(one))
+
+    def shardings(self, state: Any) -> Any:
+        """Where the parts of a state lie on the mesh: weights and their moments cut as `models.sharding` says, the rest
+        whole on every device."""
+        def of(path: tuple, leaf: Any) -> NamedSharding:
+            names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+            of_weights = path[0] in WEIGHTS and leaf.ndim > 0
+            return sharding.of(tuple(names), leaf.shape, self.mesh) if of_weights else meshes.whole(self.mesh)
+
+        return jax.tree_util.tree_map_with_path(of, state)
+
+    def _rows(self) -> NamedSharding:
+        calls = self.phase.scale.steps_per_call > 1
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * calls, meshes.ROWS))
+
+    def place(self, prompts: Prompts) -> Prompts:
+        """A batch on the devices, its rows cut over those of the batch."""
+        return jax.device_put(prompts) if self.mesh is None else jax.device_put(prompts, self._rows())
+
+    def _compiled(self, program: Callable[..., Any], state: TrainState, *others: Any, results: int) -> Any:
+        """The program of a state, which it donates, and of further arguments; its first result is the next state.
+
+        Args:
+          results: how many there are beside the state.
+        """
+        if self.mesh is None:
+            return jax.jit(program, donate_argnums=0).lower(state, *others).compile()
+        here = self.shardings(state)
+        # None: where the arguments lie, or where the compiler puts the results
+        jitted = jax.jit(program, donate_argnums=0, in_shardings=(here, self._rows(), *[None] * (len(others) - 1)),
+                         out_shardings=(here, meshes.whole(self.mesh), *[None] * (results - 1)))
+        return jitted.lower(state, *others).compile()
 
     def prepare(self, state: TrainState, prompts: Prompts) -> dict[str, Any]:
         """Compiles for these shapes, once; returns the compiled programs by name.
@@ -112,7 +155,7 @@ class PhaseLoop:
         if scale.program == "one":
             program = step.composed(self.pieces, steps_per_call=scale.steps_per_call, seeds=scale.seeds,
                                      shown_groups=self._shown)
-            self.compiled["step"] = jax.jit(program, donate_argnums=0).lower(state, prompts).compile()
+            self.compiled["step"] = self._compiled(program, state, prompts, results=2)
             return self.compiled
         draw, index = step.make_draw(self.pieces), jax.ShapeDtypeStruct((), jnp.int32)
         lowered = jax.jit(draw).lower(state, prompts, index)
@@ -120,7 +163,7 @@ class PhaseLoop:
         samples = jax.eval_shape(draw, state, prompts, index)
         blank = jax.eval_shape(no_verdict(self.task), prompts, samples)
         learn = step.make_learn(self.pieces, self._shown)
-        self.compiled["learn"] = jax.jit(learn, donate_argnums=0).lower(state, prompts, samples, blank).compile()
+        self.compiled["learn"] = self._compiled(learn, state, prompts, samples, blank, results=2)
         return self.compiled
 
     def ticks(self, state: TrainState, stream: Stream, *, done: int = 0, pending: Any = None) -> Iterator[Tick]:
@@ -135,7 +178,7 @@ class PhaseLoop:
     def _one(self, state: TrainState, stream: Stream, done: int, pending: Any) -> Iterator[Tick]:
         per_call = self.phase.scale.steps_per_call
         while done < self.phase.scale.steps:
-            prompts = jax.device_put(batches(stream, per_call))
+            prompts = self.place(batches(stream, per_call))
             program = self.prepare(state, prompts)["step"]
             state, metrics, experience = program(state, prompts)
             done += per_call
@@ -147,11 +190,11 @@ class PhaseLoop:
             index = jax.device_put(np.int32(index))
             return prompts, program(state, prompts, index)
 
-        pending = drawn(jax.device_put(next(stream)), 0) if pending is None else pending
+        pending = drawn(self.place(next(stream)), 0) if pending is None else pending
         while done < self.phase.scale.steps:
             now, pending = pending, None
             if done + 1 < self.phase.scale.steps:  # the device draws this while the host scores
-                pending = drawn(jax.device_put(next(stream)), done + 1)
+                pending = drawn(self.place(next(stream)), done + 1)
             prompts, samples = now
             verdict = judge.score_on_host(self.task, "train", self.workers, *judge.rows_of(prompts, samples))
             program = self.prepare(state, prompts)["learn"]

@@ -17,6 +17,7 @@ from rl_jax.experiment import Experiment, Phase, Pretrained
 from rl_jax.learner import roles
 from rl_jax.learner import step as steps
 from rl_jax.models import lora, pretrained
+from rl_jax.models import mesh as meshes
 from rl_jax.models.network import Network
 from rl_jax.recipe import Rollout
 from rl_jax.reward import worker
@@ -124,6 +125,7 @@ class Session:
         self.experiment, self.workdir = experiment, pathlib.Path(workdir)
         self.console = console or rich.console.Console()
         self.network = Network(experiment.shape)
+        self.mesh = meshes.make(experiment.mesh) if experiment.mesh.devices > 1 else None
         self.names = phase_names(experiment)
         self._key = jax.random.key(experiment.run.seed)
         self._examiner = None
@@ -138,6 +140,8 @@ class Session:
         """Runs every phase to its end, from the newest checkpoint if there is one."""
         run = self.experiment.run
         with contextlib.ExitStack() as stack:
+            if self.mesh is not None:
+                stack.enter_context(jax.set_mesh(self.mesh))
             # the workers come first: they are forked from a process that has no threads of jax yet
             self._workers = stack.enter_context(host_workers(self.experiment.task, run.workers))
             self._saved = stack.enter_context(
@@ -177,7 +181,7 @@ class Session:
         phase = self.experiment.phases[index]
         offset = sum(before.scale.steps for before in self.experiment.phases[:index])
         one = loop.PhaseLoop(phase, self.experiment.task, self.network, workers=self._workers,
-                             shown_groups=self.experiment.run.shown_groups or 1)
+                             shown_groups=self.experiment.run.shown_groups or 1, mesh=self.mesh)
         key = jax.random.fold_in(self._key, index)
         stream = one.stream(self.experiment.run.seed + index)
         done, pending = 0, None
@@ -197,7 +201,7 @@ class Session:
         if start is None:
             return None
         self._progress.note(f"loading {start.path}")
-        found = pretrained_weights(start)
+        found = pretrained_weights(start, self.mesh)
         if scale.seeds == 1:
             return found
         return jax.tree.map(lambda a: jax.numpy.broadcast_to(a, (scale.seeds, *a.shape)), found)
@@ -211,6 +215,8 @@ class Session:
     def _restored(self, one: loop.PhaseLoop, key: Any, stream: Any, at: dict[str, Any], latest: int):
         stream.restore(at["data"])
         like = jax.eval_shape(one.initial_state, key, first_shapes(self.experiment, one.phase.scale.seeds))
+        if self.mesh is not None:
+            like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), like, one.shardings(like))
         state = self._saved.restore(latest, like)
         pending = None
         if at["pending"]:
@@ -334,9 +340,9 @@ def first_shapes(experiment: Experiment, seeds: int) -> Any:
                         jax.eval_shape(made, jax.random.key(0)))
 
 
-def pretrained_weights(start: Pretrained) -> Any:
+def pretrained_weights(start: Pretrained, mesh: jax.sharding.Mesh | None = None) -> Any:
     """The weights of the checkpoint that an experiment starts from, adapters merged into them."""
-    found = pretrained.load(start.path, dtype=start.dtype, scan_layers=start.scan_layers)
+    found = pretrained.load(start.path, dtype=start.dtype, mesh=mesh, scan_layers=start.scan_layers)
     return lora.merged(found.parameters, found.network.adapters) if found.network.adapters else found.parameters
 
 

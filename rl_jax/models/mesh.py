@@ -1,0 +1,104 @@
+"""Devices in a mesh, and how what a batch makes lies on it: rows over the batch's axes, the rest as the weights cut it."""
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Shaped
+
+AXES = ("data", "fsdp", "expert", "tensor")
+ROWS = ("data", "fsdp", "expert")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How many devices each axis has; their product is the number of devices.
+
+    Attributes:
+      data: cuts the batch; every device holds all weights.
+      fsdp: cuts the batch and the weights, which are gathered where they are used.
+      expert: cuts the batch and the experts of mixtures.
+      tensor: cuts heads, inner width and vocabulary.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        if min(dataclasses.astuple(self)) < 1:
+            raise ValueError(f"mesh {dataclasses.asdict(self)}: every axis has at least 1 device.")
+
+    @property
+    def devices(self) -> int:
+        """Of all axes."""
+        return math.prod(dataclasses.astuple(self))
+
+    @property
+    def rows(self) -> int:
+        """Pieces that the batch is cut into."""
+        return self.data * self.fsdp * self.expert
+
+
+def make(sizes: Sizes) -> Mesh:
+    """The first devices in a mesh.
+
+    Raises:
+      ValueError: if there are fewer.
+    """
+    there = jax.devices()
+    if sizes.devices > len(there):
+        raise ValueError(f"mesh {dataclasses.asdict(sizes)} needs {sizes.devices} devices, and there are {len(there)} "
+                         f"({there[0].device_kind}): lower an axis of config.mesh.")
+    shape = tuple(vars(sizes)[axis] for axis in AXES)
+    grid = np.asarray(there[:sizes.devices]).reshape(shape)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def current() -> AbstractMesh | None:
+    """The mesh that what is being traced is compiled for (`jax.set_mesh`); None on one device."""
+    found = jax.sharding.get_abstract_mesh()
+    return found if set(found.axis_names) >= set(AXES) else None
+
+
+def cut(x: Shaped[Array, "..."], *axes: str | None) -> Shaped[Array, "..."]:
+    """x as it is, its axes cut: the first over the batch's devices, the next by these axes of the mesh.
+
+    An axis that does not divide stays whole. Without a mesh nothing happens.
+
+    Args:
+      axes: of the mesh, for the axes of x behind the first; None leaves one whole.
+    """
+    mesh = current()
+    if mesh is None:
+        return x
+    wanted = [ROWS, *axes, *[None] * (x.ndim - 1 - len(axes))]
+    fits = [name if name is not None and size % _devices(mesh, name) == 0 else None
+            for name, size in zip(wanted, x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*fits))
+
+
+def row_axes(rows: int) -> tuple[str, ...]:
+    """The axes that cut so many rows: the batch's, or none where they do not divide."""
+    return ROWS if rows % _devices(current(), ROWS) == 0 else ()
+
+
+def axis_of(axis: str, size: int) -> str | None:
+    """The axis, if it divides the size."""
+    return axis if size % current().shape[axis] == 0 else None
+
+
+def _devices(mesh: AbstractMesh, axes: str | tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes))
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis cut over the batch's devices."""
+    return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
