@@ -5,6 +5,8 @@ python scripts/benchmark.py programs   two programs with the host scoring in bet
 python scripts/benchmark.py recipes    a step of every recipe against a step of baselines.grpo, as many answers in each
 python scripts/benchmark.py kernels    time and memory of every op of kernels_pallas; --write puts it into BENCHMARKS.md
 python scripts/benchmark.py prefix     a step on one copy of each prompt, against a copy per completion; --write, too
+python scripts/benchmark.py load       seconds and memory of loading a published checkpoint of 2 GB; --write, too
+python scripts/benchmark.py memory     what training Qwen3-4B's shapes holds: all weights, or adapters; --write, too
 
 --only=<part of a row's name> measures just those rows: recipes --only=dr_grpo, kernels --only=policy_gate.
 """
@@ -21,7 +23,7 @@ from absl import app, flags, logging
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements per row; the median is printed.", lower_bound=1)
 _ONLY = flags.DEFINE_string("only", "", "Measure the rows whose names hold this.")
-_WRITE = flags.DEFINE_bool("write", False, "Replace the table in BENCHMARKS.md (kernels and prefix).")
+_WRITE = flags.DEFINE_bool("write", False, "Replace the table in BENCHMARKS.md (kernels, prefix, load, memory).")
 _CHECK = flags.DEFINE_bool("check", False, "Exit with 1 if a row misses its target.")
 
 
@@ -49,7 +51,7 @@ def main(arguments: list[str]) -> None:
 
     logging.set_verbosity(logging.WARNING)
     compared, tabulated = {"replicas": replicas, "programs": programs, "recipes": recipes}, {
-        "kernels": kernels, "prefix": prefix}
+        "kernels": kernels, "prefix": prefix, "load": load, "memory": memory}
     if len(arguments) != 2 or arguments[1] not in compared | tabulated:
         names = ",".join(compared | tabulated)
         sys.exit(f"usage: benchmark.py {{{names}}} [--only=] [--repeats=] [--check] [--write]")
@@ -254,6 +256,20 @@ def prefix():
     from kernels_pallas import dispatch
 
     return benchmark_prefix.tables(benchmark_prefix.SIZES[dispatch.platform()], alternating, _wanted)
+
+
+def load():
+    """Time and memory of loading a published checkpoint (`benchmark_load`)."""
+    import benchmark_load
+
+    return benchmark_load.tables(benchmark_load.SIZES, _wanted)
+
+
+def memory():
+    """What training holds on a device, all weights against adapters (`benchmark_memory`)."""
+    import benchmark_memory
+
+    return benchmark_memory.tables(benchmark_memory.SIZES, _wanted)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Loading a published checkpoint, its time and the memory beyond the parameters: the table of `benchmark.py load`.
 
-As a process (python scripts/benchmark_load.py <folder> <dtype> <layers>) it loads one and prints what that took, as JSON.
+As a process (python scripts/benchmark_load.py <folder> <dtype> <layers>) it loads one and prints what that took.
 """
 import dataclasses
 import json
@@ -65,12 +65,14 @@ def tables(sizes: Sizes, wanted: Callable[[str], bool]) -> list[benchmark_table.
                      *(f"{number / MIB:,.0f}" for number in numbers)))
         missed += [f"{name}: {beyond / MIB:,.0f} MiB beyond the parameters"] if beyond > allowed else []
     shape = sizes.shape
-    caption = (f"{benchmark_table.circumstances()}: a checkpoint of {sum(files) / 1e9:.2f} GB in {len(files)} files of bfloat16 "
-               f"({shape.layers} layers of width {shape.width}, V = {shape.vocabulary:,}), just written, so read from the "
-               "operating system's cache. Memory is the resident set of the process that loads, in MiB, pages of the "
-               "open file among it; \"before\" is what it holds when it begins to load, \"beyond\" the peak without that "
-               "and without the parameters. It should be at most the largest file and one tensor in the parameters' type.")
-    columns = ("parameters", "s", "GB/s", "parameters, MiB", "before", "peak", "beyond", "largest file", "largest tensor", "target")
+    caption = (f"{benchmark_table.circumstances()}: a checkpoint of {sum(files) / 1e9:.2f} GB in {len(files)} files of "
+               f"bfloat16 ({shape.layers} layers of width {shape.width}, V = {shape.vocabulary:,}), just written, so "
+               "read from the operating system's cache. Memory is the resident set of the process that loads, in MiB, "
+               "pages of the open file among it; \"before\" is what it holds when it begins to load, \"beyond\" the peak "
+               "without that and without the parameters. The target is the largest file and one tensor in the "
+               "parameters' type.")
+    columns = ("parameters", "s", "GB/s", "parameters, MiB", "before", "peak", "beyond", "largest file",
+               "largest tensor", "target")
     return [benchmark_table.Table(caption, columns, tuple(rows), missed=tuple(missed))]
 
 
@@ -83,7 +85,8 @@ def _leaves(shape: Shape) -> list:
 def _write(sizes: Sizes, folder: pathlib.Path) -> None:
     """A checkpoint of random numbers."""
     config = published.config_of(sizes.shape)
-    like, block = weights.shapes_of(Network(sizes.shape)), np.random.default_rng(0).normal(size=BLOCK).astype("bfloat16")
+    like = weights.shapes_of(Network(sizes.shape))
+    block = np.random.default_rng(0).normal(size=BLOCK).astype("bfloat16")
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for path, tensor in weights.layout(config, sizes.shape).items():
@@ -101,7 +104,8 @@ def _load(folder: pathlib.Path, dtype: str, layers: str) -> dict[str, float]:
     Raises:
       RuntimeError: what it said, if it failed.
     """
-    done = subprocess.run([sys.executable, __file__, str(folder), dtype, layers], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, __file__, str(folder), dtype, layers], capture_output=True, text=True,
+                          check=False)
     if done.returncode:
         raise RuntimeError(f"loading {dtype}, {layers} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -15,9 +15,10 @@ _SOURCE = flags.DEFINE_string("source", None, "import: a checkpoint's folder, or
 _WORKDIR = flags.DEFINE_string("workdir", None, "export: the run whose policy is written.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best",
                                   "export: best (by validation), latest, a step, or a phase's name.")
-_ADAPTERS = flags.DEFINE_bool("adapters", False, "export: the adapters alone, instead of weights that they are merged into.")
+_ADAPTERS = flags.DEFINE_bool("adapters", False, "export: the adapters alone, not merged into the weights.")
 _TARGET = flags.DEFINE_string("target", None, "The folder that is made; it must not exist, or be empty.", required=True)
-_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of what is written; without it each tensor keeps its own.")
+_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"],
+                           "Of what is written; without it each tensor keeps its own.")
 _SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "Gigabytes of tensors per file.", lower_bound=1e-6)
 COMMANDS = ("import", "export")
 
@@ -26,15 +27,17 @@ def main(arguments: list[str]) -> None:
     """Converts one way or the other."""
     logging.set_verbosity(logging.WARNING)
     if len(arguments) != 2 or arguments[1] not in COMMANDS:
-        sys.exit(f"usage: convert_weights.py {{{','.join(COMMANDS)}}} --target= [--source= | --workdir=]; got {arguments[1:]}")
+        sys.exit(f"usage: convert_weights.py {{{','.join(COMMANDS)}}} --target= [--source= | --workdir=]; "
+                 f"got {arguments[1:]}")
     try:
         _check(arguments[1])
         began = time.monotonic()
         count, dtypes = import_published() if arguments[1] == "import" else export_run()
     except (ValueError, ImportError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    seconds = time.monotonic() - began
     size = sum(file.stat().st_size for file in pathlib.Path(_TARGET.value).glob("*.safetensors"))
-    print(f"{_TARGET.value}: {count:,} parameters, {'/'.join(dtypes)}, {size:,} bytes, {time.monotonic() - began:.1f} s")
+    print(f"{_TARGET.value}: {count:,} parameters, {'/'.join(dtypes)}, {size:,} bytes, {seconds:.1f} s")
 
 
 def _check(command: str) -> None:
@@ -75,8 +78,8 @@ def export_run() -> tuple[int, list[str]]:
         return _numbers(trainable.split(policy.parameters, trainable.LORA)[0])
     pretrained.save(policy, _TARGET.value, dtype=_DTYPE.value, shard_bytes=round(_SHARD_GB.value * 1e9))
     if policy.tokenizer is None:
-        print(f"config.json has the ids that end a text ({policy.config['eos_token_id']}); the task's tokenizer is none "
-              "that other libraries read, and is not written.")
+        print(f"config.json has the ids that end a text ({policy.config['eos_token_id']}); the task's tokenizer is "
+              "none that other libraries read, and is not written.")
     return _numbers(lora.without(policy.parameters))
 
 
@@ -107,11 +110,11 @@ def _base(found) -> str:
 
     start = found.experiment.pretrained
     if start is None:
-        raise ValueError("--adapters: the run did not start from a published checkpoint, so there is nothing that they could "
-                         "be put beside. Leave --adapters away to write its weights with the adapters merged into them.")
+        raise ValueError("--adapters: the run did not start from a published checkpoint, so there is nothing that they "
+                         "could be put beside. Leave --adapters away to write weights that they are merged into.")
     if found.step > session.phase_ends(found.experiment)[0]:
-        raise ValueError(f"--adapters: phases before step {found.step} changed the weights that the adapters belong to. Leave "
-                         "--adapters away to write the weights with the adapters merged into them.")
+        raise ValueError(f"--adapters: phases before step {found.step} changed the weights that the adapters belong "
+                         "to. Leave --adapters away to write weights that they are merged into.")
     return start.path
 
 

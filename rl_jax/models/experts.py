@@ -1,7 +1,7 @@
 """Rows through the experts that were chosen for them, exactly: no expert turns a row away."""
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +10,19 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas import dispatch
 
-# Measured on 2 shared CPU cores, jax 0.10, float32, processor time in ms of the value and of the gradient:
-#   M, X, k, D, F              dense        tiles        sorted rows and jax.lax.ragged_dot
-#   64, 8, 2, 128, 64          DENSE0       TILES0       RAGGED0
-# ragged_dot multiplies, on a CPU, every sorted row by every expert, k times what `dense` does; a TPU's compiler has
-# kernels for it, but not for the gradient of the experts, which it makes dense over X M k rows (compiled for a v5e: 40
-# TFLOP where `dense` has 13 and 0.9 are needed, M = 4,096, X = 128, k = 8); so does XLA on a GPU where cuDNN does not
-# take it. Tiles of 16 to 64 rows differ little, the loop takes as many as there are.
+# Measured on 2 shared CPU cores, jax 0.10, float32: processor time of value / gradient in ms.
+#   M, X, k, D, F            dense        tiles        choices sorted by expert, jax.lax.ragged_dot
+#   64, 8, 2, 128, 64        0.6 / 1.7    0.3 / 0.8    0.9 / 2.6
+#   512, 16, 4, 128, 64      9 / 33       3 / 8        24 / 122
+#   512, 64, 8, 128, 64      65 / 185     6 / 17       311 / 1261
+#   2048, 64, 8, 256, 128    554 / 2349   77 / 294
+# On a CPU ragged_dot becomes a product of all M k choices with all experts. A TPU has kernels for it, but not for the
+# gradient of the experts: compiled for a v5e, with M = 4096, X = 128, k = 8, that takes 40 TFLOP where dense takes 13
+# and 0.9 are needed. Tiles of 16 to 64 rows differ little. Four replicas of the second row, gradient: one by one 36,
+# as one batched loop 204.
 SMALLEST_TILE = 16
-# Not measured on a GPU or a TPU. A GPU takes several tiles at a time, because one product of 128 rows would not fill
-# it. Where no gradient is asked for, few rows (decoding) go through all experts: reading those takes longer anyway.
+# Not measured on a GPU or a TPU. One product of 128 rows would not fill a GPU, so that it takes several at a time. Few
+# rows, whose gradient nobody asks for (decoding), go through all experts: nearly all are read anyway.
 LARGEST_TILE = {"cpu": 64, "gpu": 128, "tpu": 256}
 TILES_AT_ONCE = {"cpu": 1, "gpu": 16, "tpu": 1}
 FEW_ROWS = {"cpu": 0, "gpu": 256, "tpu": 256}

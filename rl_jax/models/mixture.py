@@ -1,4 +1,4 @@
-"""A mixture of experts in place of a layer's inner projections: its router's choices are recorded and can be replayed."""
+"""A mixture of experts in place of the inner projections: its router's choices are recorded and can be replayed."""
 import dataclasses
 import math
 

@@ -83,9 +83,9 @@ def save(folder: pathlib.Path, parameters: Parameters, adapters: Adapters, place
     """
     adapted = {str(path[-1]) for path, _ in _adapted(places, adapters)}
     if adapted & set(EXPERTS) and any("mixture" in path for path in places):
-        raise ValueError(f"adapters on {sorted(adapted & set(EXPERTS))} of the dense layers of a network that mixes experts "
-                         "cannot be written: peft takes what has these names for the experts'. Merge them into the "
-                         "weights, or train with lora targets \"query|key|value|out\".")
+        raise ValueError(f"adapters on {sorted(adapted & set(EXPERTS))} of the dense layers of a network that mixes "
+                         "experts cannot be written: peft takes what has these names for the experts'. Merge them into "
+                         "the weights, or train with lora targets \"query|key|value|out\".")
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for path, tensor in _adapted(places, adapters):

@@ -75,7 +75,8 @@ class Policy:
           ValueError: if the checkpoint has no such head.
         """
         if self.score is None:
-            raise ValueError("this checkpoint has no score head: load a ...ForSequenceClassification with num_labels=1.")
+            raise ValueError("this checkpoint has no score head: load a ...ForSequenceClassification with "
+                             "num_labels=1.")
         mask = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
         return heads.reward(self.states(tokens), self.score[0], mask)
 
@@ -154,7 +155,8 @@ def is_reward_model(config: dict[str, Any]) -> bool:
         return False
     labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
     if labels != 1:
-        raise ValueError(f"config.json: the model gives each text {labels} numbers; a reward model gives 1 (num_labels=1).")
+        raise ValueError(f"config.json: the model gives each text {labels} numbers; a reward model gives 1 "
+                         "(num_labels=1).")
     return True
 
 

@@ -49,7 +49,8 @@ class Folder:
             if names is not None:
                 missing = sorted(names - found.keys())
                 if missing:
-                    raise ValueError(f"{file} lacks {_some(missing)}, which {INDEX} says it holds. Fetch the file again.")
+                    raise ValueError(f"{file} lacks {_some(missing)}, which {INDEX} says it holds. Fetch the file "
+                                     "again.")
             self.entries |= found
         self._open: tuple[pathlib.Path, Any] | None = None
 
@@ -59,8 +60,8 @@ class Folder:
         if not index.is_file():
             if not (self.path / self._single).is_file():
                 there = sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else "no such folder"
-                raise ValueError(f"{self.path} has neither {self._single} nor {INDEX} (there is: {there}). Weights must be in "
-                                 "safetensors files; others are converted by the library that wrote them.")
+                raise ValueError(f"{self.path} has neither {self._single} nor {INDEX} (there is: {there}). Weights "
+                                 "must be in safetensors files; others are converted by the library that wrote them.")
             return {self.path / self._single: None}
         try:
             files: dict[pathlib.Path, set[str]] = {}
@@ -90,8 +91,8 @@ class Folder:
             raise ValueError(f"{self.path} lacks {_some(missing)}, which its {config} asks for.")
         extra = sorted(name for name in self.entries.keys() - wanted.keys() if not name.endswith(tuple(ignored)))
         if extra:
-            raise ValueError(f"{self.entries[extra[0]].file} holds {_some(extra)}, which its {config} does not ask for: "
-                             "this is another model than it says.")
+            raise ValueError(f"{self.entries[extra[0]].file} holds {_some(extra)}, which its {config} does not ask "
+                             "for: this is another model than it says.")
         for name, shape in wanted.items():
             entry = self.entries[name]
             if entry.shape != shape:
@@ -160,8 +161,8 @@ def _header(file: pathlib.Path) -> dict[str, Entry]:
     cut_off = sorted((entry.end, name) for name, entry in found.items() if entry.end > size - 8 - length)
     if cut_off:
         end, name = cut_off[0]
-        raise ValueError(f"{file} is cut off: tensor {name!r} ends at byte {8 + length + end}, and the file has {size}. "
-                         "Fetch the file again.")
+        raise ValueError(f"{file} is cut off: tensor {name!r} ends at byte {8 + length + end}, and the file has "
+                         f"{size}. Fetch the file again.")
     return found
 
 

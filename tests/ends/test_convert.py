@@ -116,7 +116,8 @@ def test_adapters_go_out_alone(theirs, convert, tmp_path):
 
 
 def test_adapters_of_fresh_weights_belong_to_nothing(ours, convert, tmp_path):
-    status, said = convert("export", f"--workdir={ours}", f"--target={tmp_path / 'out'}", "--adapters", "--checkpoint=latest")
+    status, said = convert("export", f"--workdir={ours}", f"--target={tmp_path / 'out'}", "--adapters",
+                           "--checkpoint=latest")
     assert status == 1 and "did not start from a published checkpoint" in said and "Traceback" not in said, said
     assert list(tmp_path.iterdir()) == []
 

@@ -19,8 +19,8 @@ from rl_jax.models.lora import Adapters
 from rl_jax.models.network import Network
 from tests.models import published_shapes
 
-MESHES = {"fsdp 2, tensor 2, expert 2": {"fsdp": 2, "tensor": 2, "expert": 2}, "fsdp 2, tensor 4": {"fsdp": 2, "tensor": 4},
-          "fsdp 8": {"fsdp": 8}}
+MESHES = {"fsdp 2, tensor 2, expert 2": {"fsdp": 2, "tensor": 2, "expert": 2},
+          "fsdp 2, tensor 4": {"fsdp": 2, "tensor": 4}, "fsdp 8": {"fsdp": 8}}
 RUNS = (("qwen3_moe", "fsdp 2, tensor 2, expert 2", "scanned", None), ("gemma2", "fsdp 2, tensor 4", "scanned", None),
         ("llama", "fsdp 8", "unrolled", "bfloat16"))
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(1, 24, (2, 7)), jnp.int32)
@@ -77,23 +77,22 @@ def apart(one, other):
 
 
 def adapted(folder):
-    """Adapters beside weights that are cut: by how much the logits differ from those on one device, and where they lie."""
+    """Adapters beside weights that are cut: by how much the logits differ from those on one device, and their place."""
     network = Network(published_shapes.SHAPES["llama"], Adapters(rank=2))
     policy = pretrained.Policy(network, published_shapes.drawn(network))
     pretrained.save(pretrained.Policy(Network(network.shape), lora.without(policy.parameters)), folder / "base")
     pretrained.save_adapters(policy, folder / "adapters", str(folder / "base"))
     one, many = (pretrained.load(folder / "adapters", mesh=mesh) for mesh in (None, mesh_of("fsdp 2, tensor 4")))
     query = many.parameters["blocks"][0]["query"]
-    return {"logits": apart(one, many), "in": lies(query["adapter_in"]),
-            "out": lies(query["adapter_out"])}
+    return {"logits": apart(one, many), "in": lies(query["adapter_in"]), "out": lies(query["adapter_out"])}
 
 
 def main():
     with tempfile.TemporaryDirectory() as made:
         found, folder = [], pathlib.Path(made)
         for name, *how in RUNS:
-            if not (folder / name).exists():
-                pretrained.save(published_shapes.policy(published_shapes.SHAPES[name]), folder / name, shard_bytes=2_000)
+            policy = published_shapes.policy(published_shapes.SHAPES[name])
+            pretrained.save(policy, folder / name, shard_bytes=2_000)
             found.append(measured(folder / name, name, *how))
         print(json.dumps({"runs": found, "adapters": adapted(folder)}))
 

@@ -50,7 +50,7 @@ def loops(x, expert, weight, gate, up, down):
 
 
 def run(name):
-    return functools.partial(experts.mixed, implementation=name)
+    return jax.jit(functools.partial(experts.mixed, implementation=name))
 
 
 def as_float32(given):
@@ -69,24 +69,25 @@ def gradient(name, given, cotangent):
 @every_implementation
 def test_is_the_formula(name, shape):
     given = arguments(*shape)
-    np.testing.assert_allclose(jax.jit(run(name))(*as_float32(given)), loops(*given), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(run(name)(*as_float32(given)), loops(*given), rtol=2e-5, atol=2e-5)
 
 
 def test_is_the_formula_with_the_tiles_of_every_device(platform):
     given = arguments(70, 3, 2)
     for name in (None, "tiles"):
-        np.testing.assert_allclose(jax.jit(run(name))(*as_float32(given)), loops(*given), rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(run(name)(*as_float32(given)), loops(*given), rtol=2e-5, atol=2e-5)
 
 
 @every_implementation
 def test_the_gradient_is_that_of_central_differences(name):
     given, cotangent = arguments(4, 3, 2), numeric.normal(1, 4, D)
+    plain = run(name)
     for place in (0, 2, 3, 4, 5):
         def total(a, place=place):
-            return run(name)(*[a if i == place else jnp.asarray(b) for i, b in enumerate(given)]) * cotangent
+            return plain(*[a if i == place else jnp.asarray(b) for i, b in enumerate(given)]) * cotangent
 
         found = numeric.gradient(total, given[place])
-        expected = numeric.central_difference(jax.jit(total), given[place])
+        expected = numeric.central_difference(total, given[place])
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7, err_msg=f"argument {place}")
 
 
@@ -148,9 +149,18 @@ def test_mapped_rows_are_rows_of_one_call():
     assert text.count(" sort[") == 1 and "i32[30]" in text and " scan[" not in text
 
 
+def test_mapped_experts_are_calls_one_by_one():
+    """A batched loop would select whole arrays in every step."""
+    given = groups(2, 5, 4, 2)
+    for function in (run("tiles"), lambda *a: gradient("tiles", a, 1.0)):
+        inner = str(jax.make_jaxpr(jax.vmap(function))(*given))
+        # Every loop over tiles is a plain one, inside a scan over the replicas.
+        assert inner.count(" while[") == inner.count(" scan[") > 0 and "f32[2,5,16,4]" not in inner
+
+
 @every_implementation
-def test_mapped_experts_are_calls_one_by_one(name):
-    """Replicas, alone and around a group, values and gradients."""
+def test_mapped_experts_are_replicas(name):
+    """Alone and around a group, values and gradients."""
     given = groups(2, 5, 4, 2)
     expected = [run(name)(*(a[i] for a in given)) for i in range(2)]
     np.testing.assert_allclose(jax.jit(jax.vmap(run(name)))(*given), jnp.stack(expected), rtol=1e-5, atol=1e-6)

@@ -78,7 +78,7 @@ REFUSED = {
     "both directions": ("gemma3_text", {"use_bidirectional_attention": True}, "allowed is False .*from left to right"),
     "chunks": ("gemma2", {"layer_types": ["chunked_attention"] * 3, "sliding_window": 3},
                "layer_types has .*chunked_attention.*: allowed are .*full_attention"),
-    "no width of the window": ("gemma2", {}, "sliding_window=None, and layers of type sliding_attention need its width"),
+    "no width of the window": ("gemma2", {}, "sliding_window=None, and layers of type sliding_attention need its"),
     "heads": ("llama", {"num_key_value_heads": 3}, "heads=4, key_heads=3: key_heads must divide heads"),
     **{f"no {field}": (family, {field: ...}, rf"\(model_type '{family}'\) has no field '{field}'")
        for family, field in (("llama", "vocab_size"), ("gemma2", "hidden_size"), ("qwen3", "num_hidden_layers"),
@@ -156,8 +156,10 @@ def test_gemma_s_numbers():
     """The caps of Gemma 2 are 50 and 30 where config.json leaves them out; null is none."""
     found = shape("gemma2", sliding_window=3, head_dim=16)
     assert (found.attention_cap, found.logit_cap, found.attention_scale, found.tied) == (50.0, 30.0, 1 / 16, True)
-    assert (found.norm_offset, found.after_norms, found.scale_embedding, found.activation) == (1.0, True, True, "gelu_tanh")
-    found = shape("gemma2", sliding_window=3, attn_logit_softcapping=None, final_logit_softcapping=2, query_pre_attn_scalar=4)
+    assert (found.norm_offset, found.after_norms, found.scale_embedding) == (1.0, True, True)
+    assert found.activation == "gelu_tanh"
+    given = {"attn_logit_softcapping": None, "final_logit_softcapping": 2, "query_pre_attn_scalar": 4}
+    found = shape("gemma2", sliding_window=3, **given)
     assert (found.attention_cap, found.logit_cap, found.attention_scale) == (0.0, 2.0, 0.5)
     found = shape("gemma3_text", sliding_window=3, tie_word_embeddings=False)
     assert (found.attention_cap, found.logit_cap, found.query_norm, found.tied) == (0.0, 0.0, True, False)
@@ -173,7 +175,8 @@ def test_gemma_s_numbers():
 def test_gemma3_s_layers_have_wavelengths_of_their_own(rope, near, far, scaling):
     """The scaling is of those that see all."""
     found = shape("gemma3_text", sliding_window=3, sliding_window_pattern=2, **rope)
-    assert [(kind.rotary_base, kind.rotary_scaling) for kind in found.kinds] == [(near, None), (far, scaling), (near, None)]
+    kinds = [(kind.rotary_base, kind.rotary_scaling) for kind in found.kinds]
+    assert kinds == [(near, None), (far, scaling), (near, None)]
 
 
 def test_which_layers_mix_and_how():

@@ -87,10 +87,11 @@ def test_fresh_ones_change_nothing(scan_layers):
     assert all(not np.asarray(leaf).any() for name, leaf in found.items() if name.endswith("adapter_out"))
 
 
-def test_the_base_s_weights_do_not_depend_on_its_adapters():
-    """So that a run with adapters starts where one without does."""
-    base, adapted_ = (jax.eval_shape(Network(PLAIN, numbers).initialise, jax.random.key(0)) for numbers in (None, NUMBERS))
-    assert jax.tree.structure(lora.without(adapted_)) == jax.tree.structure(base)
+def test_without_adapters_the_tree_is_the_base_network_s():
+    def made(numbers):
+        return jax.eval_shape(Network(PLAIN, numbers).initialise, jax.random.key(0))
+
+    assert jax.tree.structure(lora.without(made(NUMBERS))) == jax.tree.structure(made(None))
 
 
 def test_adapters_are_put_beside_other_weights():
@@ -106,8 +107,8 @@ def test_adapters_are_put_beside_other_weights():
 
 
 def test_merging_keeps_the_weights_dtype():
-    weights = {"weight": jnp.ones((2, 3), jnp.bfloat16), "adapter_in": jnp.full((2, 1), 0.5), "adapter_out": jnp.ones((1, 3))}
-    found = lora.merged(weights, Adapters(rank=1, alpha=1.0))
+    weight, inwards, outwards = jnp.ones((2, 3), jnp.bfloat16), jnp.full((2, 1), 0.5), jnp.ones((1, 3))
+    found = lora.merged({"weight": weight, "adapter_in": inwards, "adapter_out": outwards}, Adapters(rank=1, alpha=1.0))
     assert list(found) == ["weight"] and found["weight"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(found["weight"].astype(jnp.float32), np.full((2, 3), 1.5))
 
@@ -119,7 +120,8 @@ def test_a_projection_with_an_adapter():
     x = numeric.normal(2, 5, 4)
     weight, bias, inwards, outwards = (np.float64(p[...]) for p in (
         linear.weight, linear.bias, linear.adapter_in, linear.adapter_out))
-    np.testing.assert_allclose(linear(jnp.asarray(x, jnp.float32)), x @ weight + bias + 1.5 * (x @ inwards) @ outwards, atol=1e-5)
+    expected = x @ weight + bias + 1.5 * (x @ inwards) @ outwards
+    np.testing.assert_allclose(linear(jnp.asarray(x, jnp.float32)), expected, atol=1e-5)
     assert linear(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
     assert dense.projection("key", NUMBERS, 4, 6, rngs=nnx.Rngs(0)).adapter_in is None
     assert dense.projection("query", None, 4, 6, rngs=nnx.Rngs(0)).adapter_in is None

@@ -53,7 +53,7 @@ def routed(logits, k, normalised):
 def test_route_takes_the_most_probable(normalised):
     logits = numeric.normal(0, 20, 6)
     for k in (1, 3, 6):
-        expert, weight = mixture.route(jnp.asarray(logits, jnp.float32), k, normalised)
+        expert, weight = jax.jit(mixture.route, static_argnums=(1, 2))(jnp.asarray(logits, jnp.float32), k, normalised)
         for i, row in enumerate(logits):
             ids, expected = routed(row, k, normalised)
             assert expert[i].tolist() == ids
@@ -136,9 +136,9 @@ def test_replay_of_other_choices(normalised):
     sizes = Experts(experts=5, chosen=2, inner=4, normalised=normalised)
     x, module = rows(), layer(sizes)
     given = jnp.asarray(np.random.default_rng(3).permuted(np.tile(np.arange(5), (11, 1)), axis=1)[:, :2], jnp.int32)
-    y, expert = module(x, given)
+    y, expert = jax.jit(lambda x: module(x, given))(x)
     np.testing.assert_array_equal(expert, given)
-    assert (np.asarray(given) != np.asarray(module(x)[1])).any()
+    assert (np.asarray(given) != np.asarray(jax.jit(lambda x: module(x))(x)[1])).any()
     logits = np.asarray(x, np.float64) @ np.asarray(module.router[...], np.float64)
     weight = []
     for row, ids in zip(logits, given, strict=True):
@@ -155,7 +155,7 @@ def test_the_router_is_exact_in_bfloat16():
     """Rows and router may be kept in 8 bits of precision; logits and weights are not rounded to it."""
     module, x = layer(), rows(3000).astype(jnp.bfloat16)
     for router in (module.router[...], module.router[...].astype(jnp.bfloat16)):
-        module.router[...] = router
+        module.router = nnx.Param(router)
         y, expert = module(x)
         assert y.dtype == jnp.bfloat16 and expert.dtype == jnp.int32
         logits = np.asarray(x, np.float64) @ np.asarray(router, np.float64)
@@ -166,8 +166,8 @@ def test_the_router_is_exact_in_bfloat16():
 
 def test_a_vmap_over_rows_routes_as_flat_rows_do():
     module, x = layer(), rows(12)
-    y, expert = jax.vmap(module)(x.reshape(3, 4, WIDTH))
-    flat, flat_expert = module(x)
+    y, expert = jax.jit(jax.vmap(lambda x: module(x)))(x.reshape(3, 4, WIDTH))
+    flat, flat_expert = jax.jit(lambda x: module(x))(x)
     np.testing.assert_array_equal(expert.reshape(12, 2), flat_expert)
     np.testing.assert_allclose(y.reshape(12, WIDTH), flat, rtol=1e-5, atol=1e-6)
 
@@ -191,6 +191,9 @@ def test_impossible_sizes_are_refused(fields, message):
         Experts(**fields)
 
 
+load = jax.jit(mixture.load, static_argnums=2)
+
+
 def choices(n=3, t=4, layers=2, k=2, count=5):
     random = np.random.default_rng(0)
     score = random.normal(size=(n, t, layers, count))
@@ -212,7 +215,7 @@ def loops_of_load(expert, mask, count):
 
 def test_load_against_loops():
     expert, mask = choices()
-    found = jax.jit(mixture.load, static_argnums=2)(jnp.asarray(expert), jnp.asarray(mask), 5)
+    found = load(jnp.asarray(expert), jnp.asarray(mask), 5)
     expected = loops_of_load(expert, mask, 5)
     assert set(found) == set(expected)
     for name, value in expected.items():
@@ -222,7 +225,7 @@ def test_load_against_loops():
 def test_load_worked_example():
     """Two layers of four experts, two tokens, k = 2: one even, one that always takes experts 0 and 1."""
     expert = jnp.asarray([[[[0, 1], [0, 1]], [[2, 3], [1, 0]]]])
-    found = mixture.load(expert, jnp.ones((1, 2), bool), 4)
+    found = load(expert, jnp.ones((1, 2), bool), 4)
     assert {name: float(value) for name, value in found.items()} == {
         "routing/load": 1.5, "routing/load_max": 2.0, "routing/idle": 0.25, "routing/load_entropy": 0.75}
 
@@ -230,8 +233,8 @@ def test_load_worked_example():
 def test_load_never_reads_what_is_masked():
     expert, mask = choices()
     garbage = np.where(mask[:, :, None, None], expert, 255).astype(np.uint8)
-    one, other = (mixture.load(jnp.asarray(a), jnp.asarray(mask), 5) for a in (expert, garbage))
+    one, other = (load(jnp.asarray(a), jnp.asarray(mask), 5) for a in (expert, garbage))
     jax.tree.map(np.testing.assert_array_equal, one, other)
-    nothing = mixture.load(jnp.asarray(expert), jnp.zeros(mask.shape, bool), 5)
+    nothing = load(jnp.asarray(expert), jnp.zeros(mask.shape, bool), 5)
     assert {name: float(value) for name, value in nothing.items()} == {
         "routing/load": 0.0, "routing/load_max": 0.0, "routing/idle": 1.0, "routing/load_entropy": 0.0}

@@ -141,7 +141,8 @@ def test_what_was_made_here_is_a_checkpoint_too(tmp_path):
     index = json.loads((tmp_path / "empty" / INDEX).read_text())
     count = sum(leaf.size for leaf in jax.tree.leaves(made().parameters))
     assert index["metadata"]["total_size"] == 2 * count
-    assert sorted(set(index["weight_map"].values())) == sorted(f.name for f in (tmp_path / "empty").glob("*.safetensors"))
+    files = sorted(file.name for file in (tmp_path / "empty").glob("*.safetensors"))
+    assert sorted(set(index["weight_map"].values())) == files
     found = pretrained.load(tmp_path / "empty", dtype="float32")
     assert found.network == made().network and found.tokenizer is None and found.score is None
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16).astype(jnp.float32)),
@@ -160,7 +161,7 @@ def test_what_is_there_is_not_written_over(tmp_path):
 
 
 def test_nothing_half_written_stays(tmp_path, monkeypatch):
-    """The fourth tensor cannot be made, two shards are on the disk by then; and the same folder can be written later."""
+    """The fourth tensor cannot be made, two shards are on the disk by then; the same folder can be written later."""
     whole = weights.to_tensors
 
     def breaks(*given):
@@ -228,7 +229,8 @@ def test_a_policy_scores_nothing_and_a_reward_model_one_number(tmp_path):
         pretrained.load(folder)
     folders.edited(folder, id2label={"0": "a"})
     assert pretrained.is_reward_model(hub.read_json(folder / "config.json"))
-    assert not pretrained.is_reward_model({}) and not pretrained.is_reward_model({"architectures": ["LlamaForCausalLM"]})
+    assert not pretrained.is_reward_model({})
+    assert not pretrained.is_reward_model({"architectures": ["LlamaForCausalLM"]})
 
 
 @pytest.mark.parametrize("call", [lambda **how: pretrained.load(folders.GOLDEN / "qwen2", **how),

@@ -7,7 +7,8 @@ import pytest
 from rl_jax.models import rotary
 from rl_jax.models.rotary import Scaling
 
-LLAMA = Scaling(kind="llama3", factor=8.0, low=1.0, high=4.0, original_length=8192)  # of Llama 3.1, base 500,000
+LLAMA = {factor: Scaling(kind="llama3", factor=factor, low=1.0, high=4.0, original_length=8192)
+         for factor in (8.0, 32.0)}  # Llama 3.1 and 3.2, base 500,000
 
 
 def plain(size, base):
@@ -40,11 +41,12 @@ def test_linear_divides_all(factor):
 
 
 @pytest.mark.parametrize("scaling, size, base", [
-    (LLAMA, 128, 500_000.0), (Scaling(kind="llama3", factor=32.0, low=1.0, high=4.0, original_length=8192), 64, 500_000.0),
+    (LLAMA[8.0], 128, 500_000.0), (LLAMA[32.0], 64, 500_000.0),
     (Scaling(kind="llama3", factor=4.0, low=0.5, high=1.5, original_length=16), 16, 1_000.0)])
 def test_llama3_keeps_the_short_and_divides_the_long(scaling, size, base):
     found = rotary.frequencies(size, base, scaling)
-    expected = [llama3(f, scaling.factor, scaling.low, scaling.high, scaling.original_length) for f in plain(size, base)]
+    numbers = scaling.factor, scaling.low, scaling.high, scaling.original_length
+    expected = [llama3(f, *numbers) for f in plain(size, base)]
     np.testing.assert_allclose(found, expected, rtol=1e-5)  # close to a bound, a rounding of the frequency tells more
     shares = np.array(expected) / plain(size, base)
     assert found.dtype == np.float32

@@ -26,10 +26,13 @@ SPECS = {
     ("blocks", 0, "query", "weight"): ((6, 8), ("fsdp", "tensor")),
     ("blocks", 0, "value", "weight"): ((6, 8), ("fsdp", "tensor")),
     ("blocks", 0, "key", "bias"): ((8,), ("tensor",)), ("blocks", 0, "out", "weight"): ((8, 6), ("tensor", "fsdp")),
-    ("blocks", 0, "gate", "weight"): ((6, 12), ("fsdp", "tensor")), ("tail", 0, "up", "weight"): ((6, 12), ("fsdp", "tensor")),
+    ("blocks", 0, "gate", "weight"): ((6, 12), ("fsdp", "tensor")),
+    ("tail", 0, "up", "weight"): ((6, 12), ("fsdp", "tensor")),
     ("blocks", 0, "down", "weight"): ((12, 6), ("tensor", "fsdp")),
-    ("blocks", 0, "query", "adapter_in"): ((6, 4), ("fsdp", None)), ("blocks", 0, "query", "adapter_out"): ((4, 8), (None, "tensor")),
-    ("blocks", 0, "down", "adapter_in"): ((12, 4), ("tensor", None)), ("blocks", 0, "down", "adapter_out"): ((4, 6), (None, "fsdp")),
+    ("blocks", 0, "query", "adapter_in"): ((6, 4), ("fsdp", None)),
+    ("blocks", 0, "query", "adapter_out"): ((4, 8), (None, "tensor")),
+    ("blocks", 0, "down", "adapter_in"): ((12, 4), ("tensor", None)),
+    ("blocks", 0, "down", "adapter_out"): ((4, 6), (None, "fsdp")),
     ("blocks", 0, "query_norm", "scale"): ((8,), (None,)), ("blocks", 0, "before_inner", "scale"): ((6,), (None,)),
     ("blocks", 0, "mixture", "gate"): ((9, 6, 4), ("expert", "fsdp", "tensor")),
     ("blocks", 0, "mixture", "up"): ((9, 6, 4), ("expert", "fsdp", "tensor")),
@@ -108,7 +111,8 @@ def test_no_device_holds_a_whole_matrix(found):
 def test_every_matrix_is_cut_as_far_as_the_mesh_goes(found):
     parts = {run["label"]: {name: lies["parts"] for name, lies in run["parameters"].items()} for run in found["runs"]}
     stacked = parts["qwen3_moe, fsdp 2, tensor 2, expert 2, scanned"]
-    assert (stacked["blocks/0/mixture/down"], stacked["tail/0/mixture/gate"], stacked["blocks/1/up/weight"]) == (8, 8, 4)
+    names = ("blocks/0/mixture/down", "tail/0/mixture/gate", "blocks/1/up/weight")
+    assert [stacked[name] for name in names] == [8, 8, 4]
     assert (stacked["embedding"], stacked["head"], stacked["blocks/0/mixture/router"]) == (4, 4, 2)
     windowed = parts["gemma2, fsdp 2, tensor 4, scanned"]
     assert (windowed["blocks/1/down/weight"], windowed["tail/0/query/weight"]) == (8, 8)

@@ -20,7 +20,8 @@ def test_the_names_are_those_of_the_leaves():
 
 
 @pytest.mark.parametrize("train, expected", [
-    ("all", NAMES), ("lora", ADAPTED), ("embedding", {"embedding"}), ("^blocks/1/", {n for n in NAMES if "blocks/1/" in n}),
+    ("all", NAMES), ("lora", ADAPTED), ("embedding", {"embedding"}),
+    ("^blocks/1/", {n for n in NAMES if "blocks/1/" in n}),
     ("blocks/1/(query|key)/weight|final", {"blocks/1/query/weight", "blocks/1/key/weight", "final/scale"}),
     ("norm/scale$", {n for n in NAMES if n.endswith("_norm/scale")}), ("", NAMES)])
 def test_what_is_trained_and_what_is_kept_are_the_whole(train, expected):

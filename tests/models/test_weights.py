@@ -89,7 +89,8 @@ def test_a_tensor_of_another_shape_is_named(name, tensors, tmp_path):
     shape = tensors[name].shape
     folder = saved(tmp_path, {**tensors, name: np.zeros((shape[0] + 1, shape[1]), np.float32)})
     given, wanted = re.escape(str((shape[0] + 1, shape[1]))), re.escape(str(shape))
-    with pytest.raises(ValueError, match=f"model.safetensors: tensor '{name}' has the shape {given}.*asks for {wanted}"):
+    message = f"model.safetensors: tensor '{name}' has the shape {given}.*asks for {wanted}"
+    with pytest.raises(ValueError, match=message):
         weights.load(folder, PLACES, LIKE)
 
 

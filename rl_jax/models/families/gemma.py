@@ -60,5 +60,6 @@ def _gemma3_config(shape: Shape) -> dict[str, Any]:
 
 FAMILIES = (
     Family(model_types=("gemma2",), architecture="Gemma2", shape=_gemma2_shape, config=_gemma_config, norms=NORMS),
-    Family(model_types=("gemma3_text",), architecture="Gemma3", shape=_gemma3_shape, config=_gemma3_config, norms=NORMS),
+    Family(model_types=("gemma3_text",), architecture="Gemma3", shape=_gemma3_shape, config=_gemma3_config,
+           norms=NORMS),
 )

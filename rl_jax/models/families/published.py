@@ -22,8 +22,8 @@ def of_config(config: Config) -> Family:
         if given in family.model_types:
             return family
     allowed = sorted(name for family in FAMILIES for name in family.model_types)
-    raise ValueError(f"config.json model_type={given!r}: allowed are {allowed}. Another family that is the same network "
-                     "with other numbers is added to rl_jax/models/families.")
+    raise ValueError(f"config.json model_type={given!r}: allowed are {allowed}. Another family that is the same "
+                     "network with other numbers is added to rl_jax/models/families.")
 
 
 def shape_of(config: Config, **options: Any) -> Shape:

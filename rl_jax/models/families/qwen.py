@@ -34,8 +34,9 @@ def _mixture_shape(config: Config) -> dict[str, Any]:
     layers = config["num_hidden_layers"]
     return {
         **_qwen3_shape(config),
-        "mixture": Experts(experts=config.get("num_experts") or config["num_local_experts"], chosen=config["num_experts_per_tok"],
-                           inner=config["moe_intermediate_size"], normalised=config.get("norm_topk_prob", False)),
+        "mixture": Experts(experts=config.get("num_experts") or config["num_local_experts"],
+                           chosen=config["num_experts_per_tok"], inner=config["moe_intermediate_size"],
+                           normalised=config.get("norm_topk_prob", False)),
         "dense_layers": tuple(i for i in range(layers) if i in dense or (i + 1) % step)}
 
 
