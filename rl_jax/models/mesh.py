@@ -42,18 +42,22 @@ class Sizes:
         return self.data * self.fsdp * self.expert
 
 
-def make(sizes: Sizes) -> Mesh:
+def make(sizes: Sizes, *, behind: int = 0) -> Mesh:
     """The first devices in a mesh.
+
+    Args:
+      behind: devices before them, left to others.
 
     Raises:
       ValueError: if there are fewer.
     """
     there = jax.devices()
-    if sizes.devices > len(there):
-        raise ValueError(f"mesh {dataclasses.asdict(sizes)} needs {sizes.devices} devices, and there are {len(there)} "
-                         f"({there[0].device_kind}): lower an axis of config.mesh.")
+    if behind + sizes.devices > len(there):
+        others = f" behind {behind} others" if behind else ""
+        raise ValueError(f"mesh {dataclasses.asdict(sizes)} needs {sizes.devices} devices{others}, and there are "
+                         f"{len(there)} ({there[0].device_kind}): lower an axis of config.mesh.")
     shape = tuple(vars(sizes)[axis] for axis in AXES)
-    grid = np.asarray(there[:sizes.devices]).reshape(shape)
+    grid = np.asarray(there[behind:behind + sizes.devices]).reshape(shape)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

@@ -1,6 +1,7 @@
 """The smallest real runs: what the tests of whole runs are made of."""
 import contextlib
 import dataclasses
+import inspect
 import io
 import os
 import pathlib
@@ -17,6 +18,7 @@ import numpy as np
 import rich.console
 
 from rl_jax import experiment, sections
+from rl_jax.models import mesh as meshes
 from rl_jax.tasks import task as tasks
 from rl_jax.train import metrics, session
 
@@ -26,13 +28,15 @@ CACHE_OPTIONS = {"jax_persistent_cache_min_compile_time_secs": 0, "jax_persisten
 
 
 def config(task: str = "toys.addmod", recipe: str = "baselines.reinforce", *, task_args: dict = {}, recipe_args: dict = {},
-           warm_start: int = 0, run: dict = {}, optimiser: dict = {}, **scale: Any) -> ml_collections.ConfigDict:
+           warm_start: int = 0, run: dict = {}, optimiser: dict = {}, mesh: dict = {}, model: dict = NETWORK,
+           **scale: Any) -> ml_collections.ConfigDict:
     """A locked config of the six sections; `warm_start` steps of SFT come first, where there are any.
 
     The default recipe has a gradient in every step, whatever the answers are worth.
     """
     sizes = {"steps": 4, "prompts_per_step": 4}
-    arguments = {} if recipe in ("baselines.sft", "baselines.ppo", "rollout.t_ppo") else {"group_size": 2}
+    has = inspect.signature(sections.find("recipe", "rl_jax.recipes", recipe)).parameters
+    arguments = {"group_size": 2} if "group_size" in has else {}
     if recipe == "baselines.reinforce":
         arguments["baseline"] = 0.5  # so that there is something to learn before the first right answer
 
@@ -43,9 +47,10 @@ def config(task: str = "toys.addmod", recipe: str = "baselines.reinforce", *, ta
 
     before = (ml_collections.ConfigDict(phase("baselines.sft", {}, steps=warm_start)),) if warm_start else ()
     return ml_collections.ConfigDict({
-        "task": experiment.task_section(task, **task_args), "model": experiment.model_section(**NETWORK),
+        "task": experiment.task_section(task, **task_args), "model": experiment.model_section(**model),
         "before": before, **phase(recipe, arguments | recipe_args, **scale),
         "run": experiment.section(experiment.Run, **{"checkpoint_every": 2, "shown_groups": 1, "workers": 1} | run),
+        **({"mesh": experiment.section(meshes.Sizes, **mesh)} if mesh else {}),
     }).lock()
 
 
