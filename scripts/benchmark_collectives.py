@@ -23,7 +23,6 @@ PROMPTS, GROUP, TOKENS, PROMPT_TOKENS = 8, 4, 32, 32
 # each with as many prompts as it says: the batch grows with the devices that cut it, in the last rows it does not
 GROWING = ("data=1:8", "data=2:16", "data=4:32", "data=8:64", "fsdp=2:16", "fsdp=4:32", "fsdp=8:64", "tensor=2:8",
            "tensor=4:8", "tensor=8:8", "data=2,fsdp=2,tensor=2:32")
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 def measured(meshes: tuple[str, ...]) -> list[dict]:
@@ -32,17 +31,20 @@ def measured(meshes: tuple[str, ...]) -> list[dict]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def tables(wanted) -> list[benchmark_table.Table]:
+def tables(wanted, plot: bool = False) -> list[benchmark_table.Table]:
     """FLOPs and bytes exchanged per device.
 
     Args:
       wanted: which rows, by name.
+      plot: whether to draw them, too, into benchmarks/collectives.svg.
     """
     names = tuple(name for name in GROWING if wanted(name))
     if not names:
         return []
-    rows = []
-    for name, found in zip(names, measured(names), strict=True):
+    rows, numbers = [], measured(names)
+    if plot:
+        _draw(dict(zip(names, numbers, strict=True)))
+    for name, found in zip(names, numbers, strict=True):
         mesh, prompts = name.split(":")
         kinds = ", ".join(f"{count} {kind}" for kind, (count, _) in found["collectives"].items())
         rows.append((mesh, prompts, f"{found['flops'] / 1e9:.2f}", f"{found['bytes'] / 2**20:.2f}",
@@ -53,6 +55,30 @@ def tables(wanted) -> list[benchmark_table.Table]:
                "collectives' results; a collective in a loop counts once.")
     columns = ("mesh", "prompts", "GFLOP", "exchanged, MiB", "of the parameters", "weights and moments held, MiB", "remark")
     return [benchmark_table.Table(caption, columns, tuple(rows))]
+
+
+def _draw(found: dict[str, dict]) -> None:
+    """One line per axis: FLOPs, and bytes exchanged, against the number of devices."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "collectives"
+    import matplotlib.pyplot as plt
+
+    figure, (work, traffic) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for axis in ("data", "fsdp", "tensor"):
+        own = {1: found["data=1:8"]} | {int(name.split(":")[0].split("=")[1]): numbers for name, numbers in found.items()
+                                        if name.startswith(axis) and "," not in name}
+        devices = sorted(own)
+        work.plot(devices, [own[n]["flops"] / 1e9 for n in devices], "o-", label=axis)
+        traffic.plot(devices, [own[n]["bytes"] / own[n]["parameter_bytes"] for n in devices], "o-", label=axis)
+    for axes, title in ((work, "GFLOP per device"), (traffic, "exchanged per device, of the parameters' bytes")):
+        axes.set(xlabel="devices on the axis", title=title, xticks=[1, 2, 4, 8], ylim=(0, None))
+        axes.grid(alpha=0.3)
+    work.legend()
+    path = ROOT / "benchmarks" / "collectives.svg"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def compiled(mesh: dict[str, int], prompts: int) -> dict:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from rl_jax.models import experts
+from rl_jax.models import experts, mesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,10 @@ class Mixture(nnx.Module):
         else:
             chosen = chosen.astype(jnp.int32)
             weight = weights_of(logits, chosen, self.sizes.normalised)
-        return experts.mixed(x, chosen, weight, self.gate[...], self.up[...], self.down[...]), chosen
+        # XLA cuts the experts of one product over a mesh, but not those of a loop
+        implementation = None if mesh.current() is None else "dense"
+        matrices = self.gate[...], self.up[...], self.down[...]
+        return experts.mixed(x, chosen, weight, *matrices, implementation=implementation), chosen
 
 
 def route(logits: Float[Array, "M X"], chosen: int,
