@@ -37,8 +37,7 @@ def copy(parameters: Parameters, kind: str) -> Parameters:
     import qwix
 
     def one(path: tuple, leaf: Array) -> Any:
-        names = [key.key for key in path]
-        if names[-1] != "weight" or "mixture" in names:
+        if path[-1].key != "weight":
             return leaf
         axes = (0, leaf.ndim - 1) if leaf.ndim == 3 else (leaf.ndim - 1,)  # stacked layers have scales of their own
         return qwix.quantize(leaf, TYPES[kind], channelwise_axes=axes)
