@@ -7,6 +7,7 @@ from typing import Any
 import ml_collections
 
 from rl_jax import hub
+from rl_jax.ahead import Asynchronous
 from rl_jax.learner.optimiser import Optimiser
 from rl_jax.models import mesh as meshes
 from rl_jax.models import quantised, trainable
@@ -18,9 +19,10 @@ from rl_jax.sections import check_names, named, named_section, plain, typed
 from rl_jax.tasks.checkpoint_tokenizer import CheckpointTokenizer
 from rl_jax.tasks.task import PureVerifier, Task
 
-SECTIONS = ("task", "model", "recipe", "optimiser", "scale", "run", "mesh", "before")
+SECTIONS = ("task", "model", "recipe", "optimiser", "scale", "run", "mesh", "asynchronous", "before")
 PLAIN_SIZES = ("width", "layers", "heads", "key_heads", "head_size", "inner", "scan_layers", "remat", "compute")
-PROGRAMS = ("one", "split")
+PADDED = "vocabulary_at_least"
+PROGRAMS = ("one", "split", "async")
 TRACKERS = ("tensorboard", "wandb")
 
 
@@ -34,8 +36,8 @@ class Scale:
       microbatches: pieces that the update is accumulated over; saves memory, changes nothing else.
       steps_per_call: steps in one dispatch, for small models.
       seeds: replicas trained side by side, for tasks with a pure verifier.
-      program: "one" program per step, or "split" in two, where the host scores one batch while
-        the device draws the next (off-policy by one step).
+      program: "one" program per step, "split" in two, where the host scores one batch while the device
+        draws the next (off-policy by one step), or "async", drawn ahead as `Asynchronous` says.
       memory_limit_gib: refuse to start if the compiled step needs more; 0 takes the device's own limit.
       train: "all" weights, "lora" (adapters beside frozen weights, fresh ones in each phase, merged into the weights
         at its end), or a regular expression that is searched in the parameters' names; only what is trained has an
@@ -134,7 +136,7 @@ class Experiment:
     """A checked experiment: the task, the network's shape, the phases in order, and what surrounds them.
 
     `pretrained` is the checkpoint whose weights the first phase starts from; None starts from fresh ones. `mesh` says
-    how many devices cut the batch and the weights.
+    how many devices cut the batch and the weights, `asynchronous` what is read where a phase draws ahead.
     """
 
     task: Task
@@ -143,6 +145,7 @@ class Experiment:
     run: Run
     pretrained: Pretrained | None = None
     mesh: meshes.Sizes = meshes.Sizes()
+    asynchronous: Asynchronous = Asynchronous()
 
 
 def recipe_section(name: str, **overrides: Any) -> ml_collections.ConfigDict:
@@ -166,8 +169,14 @@ def task_section(name: str, **overrides: Any) -> ml_collections.ConfigDict:
 
 
 def model_section(**overrides: Any) -> ml_collections.ConfigDict:
-    """The config section of the network; its vocabulary comes from the task's tokenizer."""
+    """The config section of the network; its vocabulary comes from the task's tokenizer.
+
+    Args:
+      overrides: fields of `Shape` that differ from the defaults, and `vocabulary_at_least`: rows of the embedding for
+        a plan (train.py --plan), where the task's tokenizer has fewer than the network that is planned for.
+    """
     values = {f.name: f.default for f in dataclasses.fields(Shape) if f.name != "vocabulary"}
+    values |= {PADDED: overrides[PADDED]} if PADDED in overrides else {}
     unknown = set(overrides) - set(values)
     if unknown:
         raise ValueError(f"model has no {sorted(unknown)}; allowed are {sorted(values)}.")
@@ -198,13 +207,14 @@ def parse(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
       ValueError: naming the field, what was given, what is allowed and what to do.
     """
     config = plain(config)
-    check_names("config", config, SECTIONS, optional=("before", "mesh"))
+    check_names("config", config, SECTIONS, optional=("before", "mesh", "asynchronous"))
     run = typed(Run, config["run"], "config.run")
     task = named("task", "rl_jax.tasks", config["task"], "config.task")
     main = phase({name: config[name] for name in ("recipe", "optimiser", "scale")}, "config")
     experiment = Experiment(task=task, shape=shape(config["model"], task), phases=(*before(config), main), run=run,
                             pretrained=pretrained(config["model"]),
-                            mesh=typed(meshes.Sizes, config.get("mesh", {}), "config.mesh"))
+                            mesh=typed(meshes.Sizes, config.get("mesh", {}), "config.mesh"),
+                            asynchronous=typed(Asynchronous, config.get("asynchronous", {}), "config.asynchronous"))
     check(experiment)
     return experiment
 
@@ -224,8 +234,10 @@ def shape(values: Mapping[str, Any], task: Task) -> Shape:
     """
     start = pretrained(values)
     if start is None:
+        features = dict(values.get("features", {}))
+        rows = max(task.tokenizer.size, features.pop(PADDED, 0))
         rest = {name: value for name, value in values.items() if name != "features"}
-        return typed(Shape, {**rest, **values.get("features", {}), "vocabulary": task.tokenizer.size}, "config.model")
+        return typed(Shape, {**rest, **features, "vocabulary": rows}, "config.model")
     folder = hub.folder(start.path)
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"config.model.path={start.path!r}: the checkpoint has no tokenizer.json, so what its token ids "
@@ -271,6 +283,7 @@ def check(experiment: Experiment) -> None:
     _require(not run.validate_every or "validation" in task.splits,
              f"config.run.validate_every={run.validate_every}, but task {task.name!r} has no validation split: "
              "give it one, or set validate_every=0.")
+    _check_asynchronous(experiment)
     for index, phase in enumerate(experiment.phases):
         _check_mesh(phase, experiment, f"phase {index + 1} of {len(experiment.phases)} ({phase.recipe.name})")
         _check_phase(phase, run, task, f"phase {index + 1} of {len(experiment.phases)} ({phase.recipe.name})")
@@ -289,9 +302,39 @@ def _check_mesh(phase: Phase, experiment: Experiment, where: str) -> None:
              f"fsdp and expert in {pieces // sizes.rows} pieces: make it a multiple of {pieces}.")
     _require(scale.seeds == 1, f"{where}: scale.seeds={scale.seeds}: replicas are trained on one device: set "
              "every axis of config.mesh to 1, or seeds=1.")
-    for name, value in (("key_heads", shape.key_heads), ("inner", shape.inner), ("vocabulary", shape.vocabulary)):
+    for name, value in (("key_heads", shape.key_heads), ("inner", shape.inner)):
         _require(value % sizes.tensor == 0, f"config.mesh.tensor={sizes.tensor} does not divide the network's {name}="
                  f"{value}: take a divisor.")
+
+
+def _check_asynchronous(experiment: Experiment) -> None:
+    numbers, sampler, shape = experiment.asynchronous, experiment.asynchronous.sampler, experiment.shape
+    ahead = [phase for phase in experiment.phases if phase.scale.program == "async"]
+    _require(bool(ahead) or numbers == Asynchronous(), "config.asynchronous is read by phases with "
+             'scale.program="async", and there is none: set that, or leave the section out.')
+    if sampler is None:
+        return
+    for name, value in (("key_heads", shape.key_heads), ("inner", shape.inner)):
+        _require(value % sampler.tensor == 0, f"config.asynchronous.sampler_tensor={sampler.tensor} does not divide the "
+                 f"network's {name}={value}: take a divisor.")
+    for phase in ahead:
+        _require(phase.scale.prompts_per_step % sampler.rows == 0,
+                 f"scale.prompts_per_step={phase.scale.prompts_per_step} cannot be cut over the {sampler.rows} devices of the "
+                 f"sampler that cut the batch: make it a multiple of {sampler.rows}.")
+
+
+def _check_program(phase: Phase, where: str) -> None:
+    """That a program which draws a batch before the one before it is learned from finds all it needs."""
+    scale, rollout = phase.scale, phase.recipe.rollout
+    name = f'{where}: scale.program="{scale.program}"'
+    _require(rollout is not None, f'{name} draws answers, and this recipe learns from given ones: set program="one".')
+    _require(rollout.resample == 0, f'{name} cannot replace rejected groups (rollout.resample={rollout.resample}): set '
+             'program="one" or resample=0.')
+    _require(rollout.window == 0, f'{name} draws a batch before the one before it is learned from, and rollout.window='
+             f'{rollout.window} goes on with that: set program="one" or window=0.')
+    _require(scale.steps_per_call == scale.seeds == 1, f"{name} works step by step: set steps_per_call=1 and seeds=1.")
+    _require(scale.program != "async" or rollout.replay == 0, f"{name} bounds the age of what is learned from, and "
+             f'rollout.replay={rollout.replay} keeps it for longer: set program="one" or replay=0.')
 
 
 def _check_phase(phase: Phase, run: Run, task: Task, where: str) -> None:
@@ -330,13 +373,8 @@ def _check_phase(phase: Phase, run: Run, task: Task, where: str) -> None:
         _require(recipe.rollout is not None and not pure,
                  f'{where}: scale.program="split" lets the host score while the device draws, and here the host has '
                  'nothing to score: set program="one".')
-        _require(recipe.rollout.resample == 0, f'{where}: scale.program="split" cannot replace rejected groups '
-                 f'(rollout.resample={recipe.rollout.resample}): set program="one" or resample=0.')
-        _require(recipe.rollout.window == 0, f'{where}: scale.program="split" draws a batch before the one before it is '
-                 f'learned from, and rollout.window={recipe.rollout.window} goes on with that: set program="one" or '
-                 "window=0.")
-        _require(scale.steps_per_call == scale.seeds == 1, f'{where}: scale.program="split" works step by step: set '
-                 "steps_per_call=1 and seeds=1.")
+    if scale.program != "one":
+        _check_program(phase, where)
 
 
 def _require(fine: bool, message: str) -> None:

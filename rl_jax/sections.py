@@ -20,6 +20,20 @@ def plain(config: Any) -> Any:
     return [plain(value) for value in config] if isinstance(config, (tuple, list)) else config
 
 
+def flat(tree: Any, name: str = "config") -> dict[str, Any]:
+    """Every value of a config by its full name.
+
+    Args:
+      tree: plain values.
+      name: of the tree.
+    """
+    if isinstance(tree, dict):
+        return {k: v for key, value in tree.items() for k, v in flat(value, f"{name}.{key}").items()}
+    if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
+        return {k: v for i, value in enumerate(tree) for k, v in flat(value, f"{name}[{i}]").items()}
+    return {name: tree}
+
+
 def misnamed(config: Any, overrides: Sequence[str]) -> str | None:
     """What is wrong with the first override that names no field of the config; None if all do.
 

@@ -106,6 +106,7 @@ def test_an_integer_is_a_float_and_a_list_a_tuple():
 
 
 SPLIT = {**HOST, "program": "split"}
+AHEAD = {"program": "async"}
 TOGETHER = [
     *[({}, f"run.{name}", low - 1, f"config.run.{name}={low - 1}: must be at least {low}") for name, low in {
         "checkpoint_every": 1, "keep_last": 1, "keep_best": 0, "validate_every": 0, "validation_prompts": 1,
@@ -121,7 +122,7 @@ TOGETHER = [
     ({"warm_start": 2}, "scale.seeds", 2, "scale.seeds differ between phases"),
     ({}, "scale.microbatches", 3, "prompts_per_step=4 cannot be cut .* make it a multiple of 3"),
     ({"recipe": "baselines.ppo"}, "recipe.args.minibatches", 3, "3 minibatches x 1 microbatches"),
-    ({}, "scale.program", "three", r"scale.program='three': allowed are \('one', 'split'\)"),
+    ({}, "scale.program", "three", r"scale.program='three': allowed are \('one', 'split', 'async'\)"),
     (HOST, "scale.seeds", 2, "scale.seeds=2 needs a task with a pure verifier"),
     ({"run": {"validate_every": 2}}, "scale.seeds", 2, "run.validate_every=0"),
     ({}, "scale.steps_per_call", 3, "steps=4 must be a multiple of scale.steps_per_call=3"),
@@ -134,6 +135,19 @@ TOGETHER = [
     ({"recipe": "loss.fiberpo_domain", "recipe_args": {"minibatches": 1}}, "scale.microbatches", 2, "all groups of a batch"),
     ({"recipe": "advantage.oblr_po"}, "scale.prompts_per_step", 3, "gradient's noise is estimated from: .* multiple of 2"),
     ({**SPLIT, "steps": 4}, "scale.steps_per_call", 2, "steps_per_call=1 and seeds=1"),
+    ({"recipe": "baselines.sft"}, "scale.program", "async", 'learns from given ones: set program="one"'),
+    ({"recipe": "loss.dapo_decoupled_clip"}, "scale.program", "async", "async.*cannot replace.*rollout.resample=2"),
+    ({"recipe": "rollout.t_ppo"}, "scale.program", "async", "async.*rollout.window=2"),
+    ({"recipe": "loss.r2vpo"}, "scale.program", "async", "async.*bounds the age.*rollout.replay=1 keeps it"),
+    ({**AHEAD, "recipe": "baselines.grpo"}, "scale.seeds", 2, "async.*steps_per_call=1 and seeds=1"),
+    ({}, "asynchronous", {"staleness": 2}, "config.asynchronous is read .* leave the section out"),
+    *[(AHEAD, "asynchronous", {name: low - 1}, f"config.asynchronous.{name}={low - 1}: must be at least {low}")
+      for name, low in {"staleness": 0, "sampler_devices": 0, "sampler_tensor": 1}.items()],
+    (AHEAD, "asynchronous", {"order": "any"}, "order='any': allowed are .*fixed.*eager"),
+    (AHEAD, "asynchronous", {"lag": 1}, "no field 'lag'; allowed are staleness, order, sampler_devices, sampler_tensor"),
+    (AHEAD, "asynchronous", {"sampler_devices": 3, "sampler_tensor": 2}, "sampler_tensor=2 does not divide sampler_devices=3"),
+    (AHEAD, "asynchronous", {"sampler_devices": 2, "sampler_tensor": 2}, "sampler_tensor=2 does not divide .*key_heads=1"),
+    (AHEAD, "asynchronous", {"sampler_devices": 3}, "prompts_per_step=4 cannot be cut over the 3 devices of the sampler"),
     ({"recipe": "baselines.grpo"}, "recipe.args.group_size", 1, r"config.recipe \(baselines.grpo\): group_size=1.*>= 2"),
     ({"recipe": "baselines.rloo"}, "recipe.args.group_size", 1, "group_size >= 2"),
     ({"recipe": "loss.dapo_decoupled_clip"}, "recipe.args.group_size", 1, "group_size >= 2"),

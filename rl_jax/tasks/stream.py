@@ -16,7 +16,7 @@ class Stream(Iterator[types.Prompts]):
     """Batches of a split, shuffled anew in each pass over it, without end.
 
     A batch may span two passes, so a split smaller than a batch works. Together the processes
-    see what one process would: the shard is a part of each batch.
+    see what one process would, in its order: each has the rows of each batch that follow those of the process before it.
     """
 
     def __init__(
@@ -58,11 +58,13 @@ class Stream(Iterator[types.Prompts]):
         examples = task.splits[split]
 
         def prompts(indices: Sequence[int]) -> types.Prompts:
-            return batch(task, [examples[i] for i in indices], indices=indices, need_answers=need_answers,
+            own = indices[process_index * share:(process_index + 1) * share]
+            return batch(task, [examples[i] for i in own], indices=own, need_answers=need_answers,
                          with_answers=with_answers)
 
-        order = grain.MapDataset.range(len(examples)).shuffle(seed=seed).repeat(PASSES)[process_index::process_count]
-        batches = order.batch(prompts_per_batch // process_count, batch_fn=prompts)
+        share = prompts_per_batch // process_count
+        order = grain.MapDataset.range(len(examples)).shuffle(seed=seed).repeat(PASSES)
+        batches = order.batch(prompts_per_batch, batch_fn=prompts)
         # Without threads nothing is read ahead: the position is exactly the number of batches taken.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         self._iterator = iter(batches.to_iter_dataset(options))

@@ -97,8 +97,7 @@ class Checkpoints:
         Args:
           like: shapes, dtypes and shardings, as arrays or `jax.ShapeDtypeStruct`.
         """
-        found = self._restore(step, parameters=ocp.args.StandardRestore(like.parameters),
-                              training=ocp.args.StandardRestore(_training(like)))
+        found = self._restore(step, parameters=_like(like.parameters), training=_like(_training(like)))
         frozen = self.restore_frozen(self.cursor(step)["phase"], like.frozen)
         values = {**found["training"], "parameters": found["parameters"], "frozen": frozen,
                   "key": jax.random.wrap_key_data(found["training"]["key"])}
@@ -108,11 +107,11 @@ class Checkpoints:
 
     def restore_pending(self, step: int, like: Any) -> Any:
         """The rollouts in flight of a step."""
-        return self._restore(step, pending=ocp.args.StandardRestore(like))["pending"]
+        return self._restore(step, pending=_like(like))["pending"]
 
     def restore_parameters(self, step: int, like: Any) -> Any:
         """The trained weights of a step, by role."""
-        return self._restore(step, parameters=ocp.args.StandardRestore(like))["parameters"]
+        return self._restore(step, parameters=_like(like))["parameters"]
 
     def restore_frozen(self, phase: int, like: Any) -> Any:
         """The weights that a phase never changes, by role, or those of them that `like` has."""
@@ -122,7 +121,7 @@ class Checkpoints:
             found = {}
             for role, shapes in like.items():
                 try:
-                    found[role] = reader.restore(self._frozen / str(phase) / role, shapes)
+                    found[role] = reader.restore(self._frozen / str(phase) / role, _placed(shapes))
                 except Exception as error:
                     raise _unreadable(self._frozen / str(phase), role, error) from error
             return found
@@ -168,6 +167,22 @@ def _score(metrics: dict[str, float]) -> float:
     return metrics["score"]
 
 
+def _like(tree: Any) -> ocp.args.StandardRestore:
+    return ocp.args.StandardRestore(_placed(tree))
+
+
+def _placed(like: Any) -> Any:
+    """Shapes with a place each, the first device where none is said: it was saved in one that may not be there now."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.ShapeDtypeStruct) or leaf.sharding is not None:
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+
+    return jax.tree.map(one, like)
+
+
 def _training(state: TrainState) -> dict[str, Any]:
     """The state but for the weights, which have directories of their own."""
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name not in ("parameters", "frozen")}
@@ -176,5 +191,6 @@ def _training(state: TrainState) -> dict[str, Any]:
 
 def _key_data(key: Any) -> Any:
     if isinstance(key, jax.ShapeDtypeStruct):
-        return jax.eval_shape(jax.random.key_data, key)
+        found = jax.eval_shape(jax.random.key_data, key)
+        return jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=key.sharding)
     return jax.random.key_data(key)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
+from rl_jax.models import mesh as meshes
 from rl_jax.models.network import Network
 from rl_jax.recipe import Rollout
 from rl_jax.rollout import decode
@@ -35,13 +36,14 @@ class Examiner:
     """Draws and scores answers to a split; compiled once, called with any weights."""
 
     def __init__(self, network: Network, task: tasks.Task, split: str, *, rollout: Rollout,
-                 problems_per_batch: int = 64, workers: Any = None):
+                 problems_per_batch: int = 64, workers: Any = None, mesh: jax.sharding.Mesh | None = None):
         """Composes the program.
 
         Args:
           rollout: its group_size is K.
           problems_per_batch: drawn at once.
           workers: where a host verifier runs.
+          mesh: the devices that the weights are cut over; None for one.
         """
         if split not in task.splits:
             raise ValueError(f"split={split!r}: task {task.name!r} has {sorted(task.splits)}.")
@@ -57,7 +59,8 @@ class Examiner:
             samples = draw(parameters, prompts, numbers, jnp.zeros((), jnp.int32))
             return samples, judge.pure(task.verifier)(prompts, samples) if pure else None
 
-        self._ask = jax.jit(ask)
+        # whole: every process reads all answers
+        self._ask = jax.jit(ask, out_shardings=None if mesh is None else meshes.whole(mesh))
 
     def __call__(self, policy: Parameters, key: Key[Array, ""], *, problems: int | None = None,
                  after_batch: Callable[[int, int], None] | None = None) -> Examined:
@@ -75,7 +78,7 @@ class Examiner:
         for start in range(0, count, self._per_batch):
             indices = [i % len(split) for i in range(start, start + self._per_batch)]
             prompts = stream.batch(self._task, [split[i] for i in indices], indices=indices)
-            samples, verdict = self._ask(policy, jax.device_put(prompts), jax.random.fold_in(key, start))
+            samples, verdict = self._ask(policy, prompts, jax.random.fold_in(key, start))
             verdict = self._verdict(prompts, samples, verdict)
             scores.append(np.asarray(verdict.score))
             failed.append(np.asarray(verdict.failed))

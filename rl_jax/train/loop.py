@@ -1,4 +1,5 @@
 """The loop as a generator of ticks; metrics, checkpoints and validation consume them."""
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
+from rl_jax.ahead import EAGER, Asynchronous
 from rl_jax.experiment import Phase
 from rl_jax.learner import optimiser, step
 from rl_jax.models import mesh as meshes
@@ -18,7 +20,8 @@ from rl_jax.recipe import Recipe
 from rl_jax.tasks import judge
 from rl_jax.tasks import task as tasks
 from rl_jax.tasks.stream import Stream, batch
-from rl_jax.types import Experience, Parameters, Prompts, TrainState, Verdict
+from rl_jax.train import asynchronous
+from rl_jax.types import Experience, Parameters, Prompts, Samples, TrainState, Verdict
 
 # the fields of a state that hold weights, or one number for each
 WEIGHTS = tuple(jax.tree_util.GetAttrKey(name) for name in ("parameters", "optimiser", "frozen"))
@@ -36,7 +39,7 @@ class Tick:
         replicas where there are several.
       experience: of the first groups of the batch, on the device, with the same leading axes.
       data: the stream's state.
-      pending: rollouts in flight, (prompts, samples); None in the one-program mode.
+      pending: rollouts in flight, (prompts, samples) of each batch; None where there are none.
     """
 
     done: int
@@ -51,7 +54,8 @@ class PhaseLoop:
     """The compiled programs of one phase, by name in `compiled`, and the ticks that they make."""
 
     def __init__(self, phase: Phase, task: tasks.Task, network: Network, *, workers: Any = None,
-                 shown_groups: int | None = None, mesh: Mesh | None = None):
+                 shown_groups: int | None = None, mesh: Mesh | None = None,
+                 ahead: Asynchronous = Asynchronous(), offload: tuple[str, ...] = ()):
         """Composes the programs; nothing is compiled before `prepare` or the first tick.
 
         Args:
@@ -59,18 +63,23 @@ class PhaseLoop:
           shown_groups: groups whose experience a tick carries; None carries all.
           mesh: the devices that batch and weights are cut over; None for one. Everything that compiles must run
             under `jax.set_mesh(mesh)`.
+          ahead: how far and where a phase with scale.program="async" draws ahead; it has the first devices, `mesh` others.
+          offload: what of the state is kept in the host's memory between steps (`models.mesh.Sizes`); needs a mesh.
         """
-        self.mesh = mesh
+        self.mesh, self.offload = mesh, offload
+        # in two programs the host scores a batch while the device draws the next: one version late
+        self.ahead = ahead if phase.scale.program == "async" else Asynchronous(staleness=1)
+        self.sampler_mesh = mesh if self.ahead.sampler is None else meshes.make(self.ahead.sampler)
         self.phase, self.task, self.workers = phase, task, workers
         self.network = dataclasses.replace(network, adapters=phase.adapters)
         numbers = phase.optimiser
         self.optimiser = optimiser.transform(numbers, phase.updates)
         scale, recipe = phase.scale, phase.recipe
-        verdict = None
-        if recipe.rollout is not None:
-            verdict = judge.make_judge(task, "train", workers=workers, mesh=mesh)
-        if scale.program == "split":
+        self._pure, verdict = isinstance(task.verifier, tasks.PureVerifier), None
+        if scale.program != "one" and not self._pure:
             verdict = no_verdict(task)
+        elif recipe.rollout is not None:
+            verdict = judge.make_judge(task, "train", workers=workers, mesh=mesh)
         self.pieces = step.make_pieces(
             recipe, task, self.network, self.optimiser, verdict, microbatches=scale.microbatches,
             axis=step.SEED_AXIS if scale.seeds > 1 else None, quantise=scale.draw_with,
@@ -80,9 +89,15 @@ class PhaseLoop:
         self.compiled: dict[str, Any] = {}
 
     def stream(self, seed: int) -> Stream:
-        """The phase's prompts, at their beginning."""
-        return Stream(self.task, "train", self.phase.prompts_asked, seed=seed,
-                      **_answers(self.phase.recipe))
+        """The phase's prompts, at their beginning; of each batch the rows of this process."""
+        return Stream(self.task, "train", self.phase.prompts_asked, seed=seed, process_index=jax.process_index(),
+                      process_count=jax.process_count(), **_answers(self.phase.recipe))
+
+    def asked(self) -> Prompts:
+        """Shapes of the prompts of one dispatch, those of all processes."""
+        stream = Stream(self.task, "train", self.phase.prompts_asked, seed=0, **_answers(self.phase.recipe))
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype),
+                            batches(stream, self.phase.scale.steps_per_call))
 
     def initial_state(self, key: Key[Array, ""], policy: Parameters | None = None) -> TrainState:
         """The state before the first step, with a leading axis of replicas if there are several.
@@ -112,22 +127,25 @@ class PhaseLoop:
         return jax.jit(jax.vmap(one, (0, None))), jax.jit(jax.vmap(one))
 
     def shardings(self, state: Any) -> Any:
-        """Where the parts of a state lie on the mesh: weights and their moments cut as `models.sharding` says, the rest
-        whole on every device."""
-        def of(path: tuple, leaf: Any) -> NamedSharding:
-            names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-            of_weights = path[0] in WEIGHTS and leaf.ndim > 0
-            return sharding.of(tuple(names), leaf.shape, self.mesh) if of_weights else meshes.whole(self.mesh)
+        """Where the parts of a state lie between steps: on the mesh, or in its hosts' memory."""
+        def of(path: tuple, leaf: Any, on_device: NamedSharding) -> NamedSharding:
+            frozen = path[0] == WEIGHTS[2] and path[1].key in self.offload
+            away = (frozen or path[0] == WEIGHTS[1] and "optimiser" in self.offload) and leaf.ndim > 0
+            return on_device.with_memory_kind("pinned_host") if away else on_device
 
-        return jax.tree_util.tree_map_with_path(of, state)
+        return jax.tree_util.tree_map_with_path(of, state, shardings(state, self.mesh))
 
     def _rows(self) -> NamedSharding:
         calls = self.phase.scale.steps_per_call > 1
         return NamedSharding(self.mesh, PartitionSpec(*[None] * calls, meshes.ROWS))
 
     def place(self, prompts: Prompts) -> Prompts:
-        """A batch on the devices, its rows cut over those of the batch."""
-        return jax.device_put(prompts) if self.mesh is None else jax.device_put(prompts, self._rows())
+        """A batch on the devices, its rows cut over those of the batch.
+
+        Args:
+          prompts: the rows of this process.
+        """
+        return jax.device_put(prompts) if self.mesh is None else meshes.joined(prompts, self._rows())
 
     def _compiled(self, program: Callable[..., Any], state: TrainState, *others: Any, results: int) -> Any:
         """The program of a state, which it donates, and of further arguments; its first result is the next state.
@@ -137,10 +155,15 @@ class PhaseLoop:
         """
         if self.mesh is None:
             return jax.jit(program, donate_argnums=0).lower(state, *others).compile()
-        here = self.shardings(state)
-        # None: where the arguments lie, or where the compiler puts the results
-        jitted = jax.jit(program, donate_argnums=0, in_shardings=(here, self._rows(), *[None] * (len(others) - 1)),
-                         out_shardings=(here, meshes.whole(self.mesh), *[None] * (results - 1)))
+        here, on_device = self.shardings(state), shardings(state, self.mesh)
+
+        def fetched(state, *others):
+            state, *rest = program(jax.device_put(state, on_device), *others)
+            return jax.device_put(state, here), *rest
+
+        shown = meshes.whole(self.mesh) if jax.process_count() > 1 else None  # None: where the compiler puts them
+        jitted = jax.jit(fetched if self.offload else program, donate_argnums=0, in_shardings=(here, *[self._rows()] * len(others)),
+                         out_shardings=(here, meshes.whole(self.mesh), *[shown] * (results - 1)))
         return jitted.lower(state, *others).compile()
 
     def prepare(self, state: TrainState, prompts: Prompts) -> dict[str, Any]:
@@ -158,13 +181,24 @@ class PhaseLoop:
             self.compiled["step"] = self._compiled(program, state, prompts, results=2)
             return self.compiled
         draw, index = step.make_draw(self.pieces), jax.ShapeDtypeStruct((), jnp.int32)
-        lowered = jax.jit(draw).lower(state, prompts, index)
-        self.compiled["draw"] = lowered.compile()
-        samples = jax.eval_shape(draw, state, prompts, index)
-        blank = jax.eval_shape(no_verdict(self.task), prompts, samples)
-        learn = step.make_learn(self.pieces, self._shown)
-        self.compiled["learn"] = self._compiled(learn, state, prompts, samples, blank, results=2)
+        sent = jax.eval_shape(asynchronous.drawing, state)
+        samples = jax.eval_shape(draw, sent, prompts, index)
+        self.compiled["draw"] = self._compiled_draw(draw, sent, prompts, index)
+        verdict = judge.pure(self.task.verifier) if self._pure else None
+        said = None if self._pure else jax.eval_shape(no_verdict(self.task), prompts, samples)
+        learn = asynchronous.make_learn(self.pieces, verdict, self._shown)
+        self.compiled["learn"] = self._compiled(learn, state, prompts, samples, said, results=2)
         return self.compiled
+
+    def _compiled_draw(self, draw: Callable[..., Any], sent: TrainState, prompts: Prompts, index: Any) -> Any:
+        """The program that draws, for the sampler's devices."""
+        mesh = self.sampler_mesh
+        if mesh is None:
+            return jax.jit(draw).lower(sent, prompts, index).compile()
+        rows, shapes = meshes.rows_sharding(mesh), jax.tree.map(_shape, (sent, prompts, index))
+        with jax.set_mesh(mesh):
+            return jax.jit(draw, in_shardings=(shardings(sent, mesh), rows, meshes.whole(mesh)),
+                           out_shardings=rows).lower(*shapes).compile()
 
     def ticks(self, state: TrainState, stream: Stream, *, done: int = 0, pending: Any = None) -> Iterator[Tick]:
         """Goes on from `done` steps to the end of the phase.
@@ -173,9 +207,20 @@ class PhaseLoop:
           state: donated.
           pending: rollouts in flight when `state` was saved; None at the start of a phase.
         """
-        return (self._one if self.phase.scale.program == "one" else self._two)(state, stream, done, pending)
+        scale, at = self.phase.scale, {"done": done, "pending": pending or ()}
+        if scale.program == "one":
+            yield from self._one(state, stream, done)
+            return
+        work, bound = self.work(state), {"staleness": self.ahead.staleness, **at}
+        if self.ahead.order == EAGER:
+            found = asynchronous.eager(work, state, stream, steps=scale.steps, **bound)
+        else:
+            found = asynchronous.fixed(work, state, stream, **bound,
+                                       drawn_by=asynchronous.versions(scale.steps, self.ahead.staleness))
+        with contextlib.closing(found):
+            yield from (Tick(*one) for one in found)
 
-    def _one(self, state: TrainState, stream: Stream, done: int, pending: Any) -> Iterator[Tick]:
+    def _one(self, state: TrainState, stream: Stream, done: int) -> Iterator[Tick]:
         per_call = self.phase.scale.steps_per_call
         while done < self.phase.scale.steps:
             prompts = self.place(batches(stream, per_call))
@@ -184,23 +229,53 @@ class PhaseLoop:
             done += per_call
             yield Tick(done, state, metrics, experience, stream.state(), None)
 
-    def _two(self, state: TrainState, stream: Stream, done: int, pending: Any) -> Iterator[Tick]:
-        def drawn(prompts, index):
-            program = self.prepare(state, prompts)["draw"]
-            index = jax.device_put(np.int32(index))
-            return prompts, program(state, prompts, index)
+    def work(self, state: TrainState) -> asynchronous.Work:
+        """What is done with a batch where drawing and learning are two programs.
 
-        pending = drawn(self.place(next(stream)), 0) if pending is None else pending
-        while done < self.phase.scale.steps:
-            now, pending = pending, None
-            if done + 1 < self.phase.scale.steps:  # the device draws this while the host scores
-                pending = drawn(self.place(next(stream)), done + 1)
-            prompts, samples = now
-            verdict = judge.score_on_host(self.task, "train", self.workers, *judge.rows_of(prompts, samples))
-            program = self.prepare(state, prompts)["learn"]
-            state, metrics, experience = program(state, prompts, samples, jax.device_put(verdict))
-            done += 1
-            yield Tick(done, state, metrics, experience, stream.state(), pending)
+        Args:
+          state: the first one.
+        """
+        if jax.process_count() > 1:
+            raise ValueError(f'scale.program="{self.phase.scale.program}" is for one process, and there are '
+                             f'{jax.process_count()}: set program="one".')
+        programs = self.prepare(state, self.asked())
+        sampler, apart = self.sampler_mesh, self.ahead.sampler is not None
+
+        def send(state: TrainState) -> TrainState:
+            sent = asynchronous.drawing(state)
+            return jax.device_put(sent, shardings(sent, sampler)) if apart else sent
+
+        def draw(sent: TrainState, prompts: Prompts, index: int) -> asynchronous.Drawn:
+            prompts = jax.device_put(prompts, meshes.rows_sharding(sampler)) if apart else self.place(prompts)
+            index = np.int32(index)
+            index = jax.device_put(index) if sampler is None else jax.device_put(index, meshes.whole(sampler))
+            return prompts, programs["draw"](sent, prompts, index)
+
+        def score(prompts: Prompts, samples: Samples) -> Verdict | None:
+            if self._pure:
+                return None
+            return judge.score_on_host(self.task, "train", self.workers, *judge.rows_of(prompts, samples))
+
+        def learn(state: TrainState, *batch: Any) -> tuple[TrainState, dict[str, Array], Experience]:
+            return programs["learn"](state, *(jax.device_put(batch) if self.mesh is None else
+                                              jax.device_put(batch, meshes.rows_sharding(self.mesh))))
+
+        return asynchronous.Work(send=send, draw=draw, score=score, learn=learn)
+
+
+def shardings(state: Any, mesh: Mesh) -> Any:
+    """Where the parts of a state lie on a mesh: weights and their moments cut as `models.sharding` says, the rest whole on
+    every device."""
+    def of(path: tuple, leaf: Any) -> NamedSharding:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        of_weights = path[0] in WEIGHTS and leaf.ndim > 0
+        return sharding.of(tuple(names), leaf.shape, mesh) if of_weights else meshes.whole(mesh)
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
+def _shape(a: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, a.dtype)
 
 
 def _answers(recipe: Recipe) -> dict[str, bool]:

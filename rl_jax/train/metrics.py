@@ -223,6 +223,25 @@ def rollout_rows(x: types.Experience, prompts: Sequence[str], completions: Seque
              "failed": bool(x.failed[n])} for n in range(min(groups, len(prompts)) * size)]
 
 
+class Silent:
+    """The writer of every other process: says nothing."""
+
+    def metrics(self, step: int, phase: str, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def rollouts(self, step: int, phase: str, sampled: Sequence[Mapping[str, Any]]) -> None:
+        """Nothing."""
+
+    def truncate_to(self, step: int) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Nothing."""
+
+
 class _TensorBoard:
     """Event files; `purge_step` hides what a killed run wrote after the step it resumes from."""
 

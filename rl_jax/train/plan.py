@@ -9,6 +9,7 @@ import rich.table
 from rl_jax.learner import ask as asking
 from rl_jax.learner import assemble, evaluate, roles, update
 from rl_jax.learner.step import SEED_AXIS
+from rl_jax.train import flops
 from rl_jax.train.loop import PhaseLoop
 from rl_jax.types import Experience, Prompts, TrainState
 
@@ -27,8 +28,8 @@ class Row:
 def rows(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> list[Row]:
     """FLOPs and bytes per part of one step of one replica, then the bytes that are held.
 
-    Parts are analysed as lowered, before XLA fuses them: bytes are those read and written by the unfused
-    operations, an upper bound. Decoding is one step times the budget T (the loop may stop earlier).
+    Parts are analysed before XLA fuses them: bytes are those read and written by the unfused operations, an upper bound
+    but for the rounds of loops, which count once. Decoding is one step times the budget T (the loop may stop earlier).
     What is held is of the compiled program.
 
     Args:
@@ -36,10 +37,7 @@ def rows(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> list[Row]:
     """
     scale = loop.phase.scale
     compiled = loop.prepare(state, prompts)
-    if scale.seeds > 1:
-        state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), state)
-    if scale.steps_per_call > 1:
-        prompts = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), prompts)
+    state, prompts = of_one(loop, state, prompts)
     found = []
     if loop.phase.recipe.rollout is not None:
         found += _rollout(loop, state, _first(prompts, scale.prompts_per_step))
@@ -48,6 +46,16 @@ def rows(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> list[Row]:
     found += [Row(name, 0.0, _size(tree) * scale.seeds) for name, tree in held.items()]
     return found + [Row(f"held: temporaries ({name})", 0.0, float(program.memory_analysis().temp_size_in_bytes))
                     for name, program in compiled.items()]
+
+
+def of_one(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> tuple[TrainState, Prompts]:
+    """Shapes of one step of one replica, from those of a dispatch."""
+    scale = loop.phase.scale
+    if scale.seeds > 1:
+        state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), state)
+    if scale.steps_per_call > 1:
+        prompts = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), prompts)
+    return state, prompts
 
 
 def needed_bytes(loop: PhaseLoop) -> int:
@@ -118,7 +126,7 @@ def _learning(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> list[Row]
     recipe = loop.phase.recipe
     temperature = 1.0 if recipe.rollout is None else recipe.rollout.temperature
     policy_of = evaluate.make_evaluate(loop.network, temperature)
-    x = jax.eval_shape(lambda s, p: _blank_experience(loop, s, p), state, prompts)
+    x = jax.eval_shape(lambda s, p: blank_experience(loop, s, p), state, prompts)
     found, whole = [], roles.whole(state.parameters, state.frozen)
     for role in recipe.models:
         of_role = role in ("reference", "teacher")
@@ -144,7 +152,8 @@ def _learning(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> list[Row]
     return [*found, Row(step.phase, step.flops * times, step.bytes * times)]
 
 
-def _blank_experience(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> Experience:
+def blank_experience(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> Experience:
+    """What is drawn and scored in one step of one replica, to be traced for its shapes."""
     uniforms = loop.pieces.uniforms(state.key, state.step, prompts.lengths.shape[0])
     # the replicas' axis must have a name here too: the sampling loop asks it whether any is unfinished
     ask = jax.vmap(loop.pieces.ask, in_axes=None, out_axes=None, axis_name=SEED_AXIS, axis_size=1)
@@ -154,8 +163,9 @@ def _blank_experience(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> E
 
 
 def _analysed(name: str, function: Any, *shapes: Any) -> Row:
-    cost = jax.jit(function).lower(*shapes).cost_analysis() or {}
-    return Row(name, float(cost.get("flops", 0.0)), float(cost.get("bytes accessed", 0.0)))
+    traced = jax.jit(function).trace(*shapes)
+    cost = traced.lower().cost_analysis() or {}
+    return Row(name, flops.count(traced.jaxpr), float(cost.get("bytes accessed", 0.0)))
 
 
 def _first(prompts: Prompts, count: int) -> Prompts:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import rich.console
 
+from rl_jax import sections
 from rl_jax.experiment import Experiment, Phase, Pretrained
 from rl_jax.learner import roles
 from rl_jax.learner import step as steps
@@ -23,7 +24,7 @@ from rl_jax.recipe import Rollout
 from rl_jax.reward import worker
 from rl_jax.tasks import judge
 from rl_jax.tasks import task as tasks
-from rl_jax.train import checkpoint, evaluation, examine, loop, metrics, plan, progress, report
+from rl_jax.train import checkpoint, evaluation, examine, loop, metrics, plan, processes, progress, report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,20 +48,20 @@ class Finished:
 
 
 def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
-    """Writes `config.json`, or checks that the run in `workdir` has the same one.
+    """Writes `config.json`, or checks that the run in `workdir` has the same one; its mesh may be another.
 
     Raises:
       ValueError: if it has another; shows the difference.
     """
     path, text = workdir / "config.json", json.dumps(config, indent=2, sort_keys=True, default=list)
     if path.exists():
-        before, now = _flat(json.loads(path.read_text())), _flat(json.loads(text))
+        before, now = (sections.flat(json.loads(one)) for one in (path.read_text(), text))
         differ = [f"  {name}: there {before.get(name, 'absent')!r}, now {now.get(name, 'absent')!r}"
-                  for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+                  for name in sorted(before.keys() | now.keys())
+                  if before.get(name) != now.get(name) and not name.startswith("config.mesh.")]
         if differ:
             raise ValueError(f"{workdir} holds a run with another config:\n" + "\n".join(differ) +
                              "\nGive the same config to continue it, or another --workdir to start a new run.")
-        return
     workdir.mkdir(parents=True, exist_ok=True)
     _put(path, text)
 
@@ -70,14 +71,6 @@ def _put(path: pathlib.Path, text: str) -> None:
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(text)
     unfinished.replace(path)
-
-
-def _flat(tree: Any, name: str = "config") -> dict[str, Any]:
-    if isinstance(tree, dict):
-        return {k: v for key, value in tree.items() for k, v in _flat(value, f"{name}.{key}").items()}
-    if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
-        return {k: v for i, value in enumerate(tree) for k, v in _flat(value, f"{name}[{i}]").items()}
-    return {name: tree}
 
 
 @contextlib.contextmanager
@@ -123,9 +116,12 @@ class Session:
           workdir: holds the run; `claim` it first.
         """
         self.experiment, self.workdir = experiment, pathlib.Path(workdir)
-        self.console = console or rich.console.Console()
+        self.console = console or rich.console.Console(quiet=not processes.first())
+        processes.check(experiment.mesh, [phase.scale.program for phase in experiment.phases])
         self.network = Network(experiment.shape)
-        self.mesh = meshes.make(experiment.mesh) if experiment.mesh.devices > 1 else None
+        others = experiment.asynchronous.sampler_devices
+        several = experiment.mesh.devices > 1 or others or experiment.mesh.offload
+        self.mesh = meshes.make(experiment.mesh, behind=others) if several else None
         self.names = phase_names(experiment)
         self._key = jax.random.key(experiment.run.seed)
         self._examiner = None
@@ -147,16 +143,19 @@ class Session:
             self._saved = stack.enter_context(
                 checkpoint.Checkpoints(self.workdir, keep_last=run.keep_last, keep_best=run.keep_best,
                                        keep_steps=phase_ends(self.experiment)))
-            self._writer = stack.enter_context(metrics.Writer(
+            self._writer = stack.enter_context(metrics.Silent() if not processes.first() else metrics.Writer(
                 self.workdir, tensorboard="tensorboard" in run.trackers, wandb="wandb" in run.trackers))
             latest = self._saved.latest()
             cursor = {"phase": 0, "done": 0} if latest is None else self._saved.cursor(latest)
             self._writer.truncate_to(latest or 0)
-            self._interrupt = stack.enter_context(Interrupt())
+            interrupt = stack.enter_context(Interrupt())
+            self._stop = processes.Stop(lambda: interrupt.asked)
             self._progress = stack.enter_context(progress.Progress(self.total, done=latest or 0, console=self.console))
+            stack.enter_context(processes.telling())
             self._say_start(latest)
             finished = self._phases(latest, cursor)
-        return dataclasses.replace(finished, report=report.write(self.workdir) if finished.step else None)
+        written = report.write(self.workdir) if finished.step and processes.first() else None
+        return dataclasses.replace(finished, report=written)
 
     def _say_start(self, latest: int | None) -> None:
         if self.experiment.task.report:
@@ -170,18 +169,19 @@ class Session:
             at = cursor if latest is not None and index == cursor["phase"] else None
             state, reached = self._phase(index, policy, at, latest)
             policy = roles.policy(state)
-            if self._interrupt.asked:
+            if self._stop.reached:
                 self._progress.note(f"stopped after step {reached}; the same command continues from there")
                 break
         where = self.workdir / "checkpoints" / str(reached)
-        return Finished(step=reached, interrupted=self._interrupt.asked, report=None, checkpoint=where, policy=policy)
+        return Finished(step=reached, interrupted=self._stop.reached, report=None, checkpoint=where, policy=policy)
 
     def _phase(self, index: int, policy: Any, at: dict[str, Any] | None, latest: int | None):
         """Runs one phase; returns its last state and the number of the last step."""
         phase = self.experiment.phases[index]
         offset = sum(before.scale.steps for before in self.experiment.phases[:index])
         one = loop.PhaseLoop(phase, self.experiment.task, self.network, workers=self._workers,
-                             shown_groups=self.experiment.run.shown_groups or 1, mesh=self.mesh)
+                             shown_groups=self.experiment.run.shown_groups or 1, mesh=self.mesh,
+                             ahead=self.experiment.asynchronous, offload=self.experiment.mesh.offload)
         key = jax.random.fold_in(self._key, index)
         stream = one.stream(self.experiment.run.seed + index)
         done, pending = 0, None
@@ -220,17 +220,16 @@ class Session:
         state = self._saved.restore(latest, like)
         pending = None
         if at["pending"]:
-            prompts = jax.tree.map(_shape, one.stream(0).__next__())
+            prompts = one.asked()
             draw = steps.make_draw(one.pieces)
             number = jax.ShapeDtypeStruct((), np.int32)
             samples = jax.eval_shape(draw, like, prompts, number)
-            pending = self._saved.restore_pending(latest, (prompts, samples))
+            pending = self._saved.restore_pending(latest, ((prompts, samples),) * at["pending"])
         return state, at["done"], pending
 
     def _plan(self, one: loop.PhaseLoop, index: int, state: Any) -> None:
         scale = one.phase.scale
-        prompts = loop.batches(one.stream(0), scale.steps_per_call)
-        shapes = jax.tree.map(_shape, (state, prompts))
+        shapes = jax.tree.map(_shape, state), one.asked()
         began = time.monotonic()
         one.prepare(*shapes)
         compiled_s = time.monotonic() - began
@@ -243,7 +242,8 @@ class Session:
         known = [row for row in known if row["run_phase"] != self.names[index]]
         new = [{"run_phase": self.names[index], "phase": f"{self.names[index]}: {row.phase}", "flops": row.flops,
                 "bytes": row.bytes} for row in found]
-        _put(path, json.dumps(known + new))
+        if processes.first():
+            _put(path, json.dumps(known + new))
         self._last_time = time.monotonic()
 
     def _ticks(self, one: loop.PhaseLoop, index: int, offset: int, state: Any, stream: Any, done: int, pending: Any):
@@ -258,14 +258,14 @@ class Session:
             if unwritten is not None:  # reading metrics waits for the device: it is busy with this tick meanwhile
                 self._write(*unwritten, index, offset, phase)
             unwritten = _light(tick), finished
-            number, asked = offset + tick.done, self._interrupt.asked  # read once: a signal may come at any line
+            number, asked = offset + tick.done, self._stop.now()  # read once: a signal may come at any line
             last = tick.done == phase.scale.steps
             validate = run.validate_every > 0 and (due(run.validate_every) or last)
             if last or asked or validate or due(run.checkpoint_every):
                 self._write(*unwritten, index, offset, phase)
                 unwritten = None
                 score = self._validate(tick, index, number) if validate else checkpoint.NOT_VALIDATED
-                cursor = {"phase": index, "done": tick.done, "data": tick.data, "pending": tick.pending is not None}
+                cursor = {"phase": index, "done": tick.done, "data": tick.data, "pending": len(tick.pending or ())}
                 self._saved.save(number, tick.state, cursor, pending=tick.pending, score=score)
                 self._last_time = time.monotonic()
             if asked:
@@ -320,11 +320,12 @@ class Session:
         run, task = self.experiment.run, self.experiment.task
         if self._examiner is None or self._examiner.network.adapters != self.experiment.phases[index].adapters:
             network = dataclasses.replace(self.network, adapters=self.experiment.phases[index].adapters)
-            self._examiner = examine.Examiner(network, task, "validation", workers=self._workers,
+            self._examiner = examine.Examiner(network, task, "validation", workers=self._workers, mesh=self.mesh,
                                               rollout=Rollout(group_size=run.validation_samples))
         key = jax.random.fold_in(jax.random.fold_in(self._key, 1_000_003), number)
         found = self._examiner(roles.policy(tick.state), key, problems=run.validation_prompts)
         estimate = evaluation.summary(found.scores, found.failed)["pass@1"]
+        estimate = processes.from_first(f"validation/{number}", estimate)
         self._writer.metrics(number, self.names[index], {"validation/pass@1": estimate[0],
                                                          "validation/pass@1_stderr": estimate[1]})
         self._progress.note(f"step {number}: validation pass@1 {estimate[0]:.3f} +- {estimate[1]:.3f}")

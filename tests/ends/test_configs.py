@@ -1,6 +1,7 @@
 """Every config under configs/: it says what it needs, builds, and at toy size runs, saves and resumes bit-equal.
 
-Those under configs/compare/ list recipes: at toy size two of them are compared, and a second call runs nothing.
+Those under configs/compare/ list recipes: at toy size two of them are compared, and a second call runs nothing. Those under
+configs/plans/ are for devices that are not here, and not run.
 """
 import ast
 import dataclasses
@@ -17,7 +18,8 @@ from tests.ends import published, tiny
 
 FILES = sorted(path for path in (tiny.ROOT / "configs").rglob("*.py") if path.name != "__init__.py")
 COMPARED = [path for path in FILES if path.parent.name == "compare"]
-TRAINED = [path for path in FILES if path not in COMPARED]
+PLANNED = [path for path in FILES if path.parent.name == "plans"]  # for many devices; test_plans.py
+TRAINED = [path for path in FILES if path not in COMPARED + PLANNED]
 PARTS = ("Command:", "Hardware:", "Time:", "Result:")
 SMALL = {"gsm8k": {"path": "tests/ends/gsm8k", "validation_size": 1, **published.LENGTHS}}
 
@@ -47,7 +49,7 @@ def test_it_says_what_it_is_needs_and_gives(path):
     lines = [line for line in docstring.splitlines() if line.startswith(PARTS)]
     assert [line.split(" ", 1)[0] for line in lines] == list(PARTS)
     assert all(len(line.split(" ", 1)) == 2 for line in lines)
-    assert name_of(path) in lines[0] and "--workdir=" in lines[0]
+    assert name_of(path) in lines[0] and ("--plan" if path in PLANNED else "--workdir=") in lines[0]
 
 
 @pytest.mark.parametrize("path", TRAINED, ids=name_of)

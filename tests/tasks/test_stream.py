@@ -52,7 +52,7 @@ def test_processes_together_see_what_one_would(task, count):
     shares = [taken(stream.Stream(task, "train", 6, seed=3, process_index=i, process_count=count), 9)
               for i in range(count)]
     for batch, *parts in zip(alone, *shares, strict=True):
-        assert sorted(batch) == sorted(sum(parts, [])) and all(len(part) == 6 // count for part in parts)
+        assert batch == sum(parts, []) and all(len(part) == 6 // count for part in parts)
 
 
 def test_a_restored_stream_goes_on_exactly(task):
@@ -66,7 +66,7 @@ def test_a_restored_stream_goes_on_exactly(task):
     assert taken(again, 7) == expected
     sharded = stream.Stream(task, "train", 6, seed=0, process_index=1, process_count=2)
     sharded.restore(state)
-    assert all(set(part) <= set(whole) for part, whole in zip(taken(sharded, 7), expected, strict=True))
+    assert taken(sharded, 7) == [whole[3:] for whole in expected]
 
 
 @pytest.mark.parametrize("change, named", [

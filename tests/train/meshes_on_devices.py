@@ -62,7 +62,7 @@ def apart(found, expected):
         pairs = [(one[name], other[name]) for one, other in zip(found[0], expected[0], strict=True) if name in other]
         largest = max((abs(b) for _, b in pairs), default=0.0)
         scale = max(largest, gradient) if name in ("loss/total", "policy/kl_reference") else largest
-        numbers |= {name: max(abs(a - b) for a, b in pairs) / scale} if scale else {}
+        numbers |= {name: max(abs(a - b) for a, b in pairs) / scale} if pairs and scale else {}
     leaves = zip(jax.tree.leaves(found[2]), jax.tree.leaves(expected[2]), strict=True)
     numbers["weights"] = max(float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max()) for a, b in leaves)
     return numbers
