@@ -235,9 +235,6 @@ class PhaseLoop:
         Args:
           state: the first one.
         """
-        if jax.process_count() > 1:
-            raise ValueError(f'scale.program="{self.phase.scale.program}" is for one process, and there are '
-                             f'{jax.process_count()}: set program="one".')
         programs = self.prepare(state, self.asked())
         sampler, apart = self.sampler_mesh, self.ahead.sampler is not None
 
