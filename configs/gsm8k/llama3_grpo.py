@@ -1,7 +1,7 @@
 """GRPO on GSM8K from Llama-3.2-1B-Instruct.
 
 Command: python scripts/train.py --config=configs/gsm8k/llama3_grpo.py:h100 --workdir=runs/llama3_grpo
-Hardware: batch sizes for one H100 with 80 GB (h100), one H200 (h200), or a v5e-8 (v5e8, once the step is cut over chips).
+Hardware: batch sizes for one H100 with 80 GB (h100), one H200 (h200), or a v5e-8 (v5e8: weights cut over its chips).
 Time: not measured on any of them.
 Result: not measured. The checkpoint is gated: log in to the hub first, or give its folder as model.path and tokenizer.
 """

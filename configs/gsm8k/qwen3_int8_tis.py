@@ -1,7 +1,7 @@
 """Qwen3-0.6B drawn with an int8 copy of its weights: the gap to the trained weights is reported, and cut off at 2.
 
 Command: python scripts/train.py --config=configs/gsm8k/qwen3_int8_tis.py:h100 --workdir=runs/qwen3_int8
-Hardware: batch sizes for one H100 with 80 GB (h100), one H200 (h200), or a v5e-8 (v5e8, once the step is cut over chips).
+Hardware: batch sizes for one H100 with 80 GB (h100), one H200 (h200), or a v5e-8 (v5e8: weights cut over its chips).
 Time: not measured on any of them.
 Result: not measured; watch rollout/logp_gap_nats, which is near 0 without the copy.
 """

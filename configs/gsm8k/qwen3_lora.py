@@ -1,7 +1,7 @@
 """GRPO on GSM8K from Qwen3-4B with adapters of rank 16: frozen bfloat16 weights, which the reference shares.
 
 Command: python scripts/train.py --config=configs/gsm8k/qwen3_lora.py:h100 --workdir=runs/qwen3_lora
-Hardware: batch sizes for one H100 with 80 GB (h100), one H200 (h200), or a v5e-8 (v5e8, once the step is cut over chips).
+Hardware: batch sizes for one H100 with 80 GB (h100), one H200 (h200), or a v5e-8 (v5e8: weights cut over its chips).
 Time: not measured on any of them.
 Result: not measured; bytes against full training are planned in BENCHMARKS.md ("memory").
 """
