@@ -302,6 +302,11 @@ def _check_mesh(phase: Phase, experiment: Experiment, where: str) -> None:
              f"fsdp and expert in {pieces // sizes.rows} pieces: make it a multiple of {pieces}.")
     _require(scale.seeds == 1, f"{where}: scale.seeds={scale.seeds}: replicas are trained on one device: set "
              "every axis of config.mesh to 1, or seeds=1.")
+    rows = scale.prompts_per_step * phase.recipe.group_size
+    on_host = phase.recipe.rollout is not None and not isinstance(experiment.task.verifier, PureVerifier)
+    _require(not on_host or rows % sizes.devices == 0,
+             f"{where}: {rows} answers per step cannot be dealt to the verifiers of {sizes.devices} devices: make "
+             f"scale.prompts_per_step x group_size a multiple of {sizes.devices}.")
     for name, value in (("key_heads", shape.key_heads), ("inner", shape.inner)):
         _require(value % sizes.tensor == 0, f"config.mesh.tensor={sizes.tensor} does not divide the network's {name}="
                  f"{value}: take a divisor.")

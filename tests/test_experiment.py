@@ -113,6 +113,7 @@ TOGETHER = [
         "validation_samples": 1, "shown_groups": 0, "workers": 1, "seed": 0}.items()],
     *[({}, f"scale.{name}", 0, f"scale.{name}=0: must be at least 1") for name in (
         "steps", "prompts_per_step", "microbatches", "steps_per_call", "seeds")],
+    ({**HOST, "mesh": {"sequence": 16}}, "scale.steps", 4, "8 answers per step cannot be dealt to the verifiers of 16 devices"),
     ({}, "optimiser.stop_after_skips", 0, "stop_after_skips=0: must be at least 1"),
     ({}, "scale.draw_with", "int3", "int3.*allowed are .*fp8.*int8"),
     ({"recipe": "baselines.sft"}, "scale.draw_with", "int8", "draws no answers"),
