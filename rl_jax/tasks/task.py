@@ -19,8 +19,8 @@ class Tokenizer(Protocol):
     Attributes:
       size: V, the largest id plus one.
       pad_id: fills rows up; may be one of `stop_ids`.
-      end_id: put behind given answers; one of `stop_ids`.
-      stop_ids: every id that ends an answer.
+      end_id: put behind given answers; one of `stop_ids`, where there are any.
+      stop_ids: every id that ends an answer; none where all answers have their whole budget.
       begin_ids: put in front of a prompt of plain text.
     """
 
