@@ -8,6 +8,7 @@ import ml_collections
 
 from rl_jax import hub
 from rl_jax.ahead import Asynchronous
+from rl_jax.batching import Batching
 from rl_jax.learner.optimiser import Optimiser
 from rl_jax.models import mesh as meshes
 from rl_jax.models import quantised, trainable
@@ -19,7 +20,7 @@ from rl_jax.sections import check_names, named, named_section, plain, typed
 from rl_jax.tasks.checkpoint_tokenizer import CheckpointTokenizer
 from rl_jax.tasks.task import PureVerifier, Task
 
-SECTIONS = ("task", "model", "recipe", "optimiser", "scale", "run", "mesh", "asynchronous", "before")
+SECTIONS = ("task", "model", "recipe", "optimiser", "scale", "run", "mesh", "asynchronous", "batching", "before")
 PLAIN_SIZES = ("width", "layers", "heads", "key_heads", "head_size", "inner", "scan_layers", "remat", "compute")
 PADDED = "vocabulary_at_least"
 PROGRAMS = ("one", "split", "async")
@@ -136,7 +137,8 @@ class Experiment:
     """A checked experiment: the task, the network's shape, the phases in order, and what surrounds them.
 
     `pretrained` is the checkpoint whose weights the first phase starts from; None starts from fresh ones. `mesh` says
-    how many devices cut the batch and the weights, `asynchronous` what is read where a phase draws ahead.
+    how many devices cut the batch and the weights, `asynchronous` what is read where a phase draws ahead, `batching` in
+    which shapes answers are drawn and learned from.
     """
 
     task: Task
@@ -146,6 +148,7 @@ class Experiment:
     pretrained: Pretrained | None = None
     mesh: meshes.Sizes = meshes.Sizes()
     asynchronous: Asynchronous = Asynchronous()
+    batching: Batching = Batching()
 
 
 def recipe_section(name: str, **overrides: Any) -> ml_collections.ConfigDict:
@@ -207,14 +210,15 @@ def parse(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
       ValueError: naming the field, what was given, what is allowed and what to do.
     """
     config = plain(config)
-    check_names("config", config, SECTIONS, optional=("before", "mesh", "asynchronous"))
+    check_names("config", config, SECTIONS, optional=("before", "mesh", "asynchronous", "batching"))
     run = typed(Run, config["run"], "config.run")
     task = named("task", "rl_jax.tasks", config["task"], "config.task")
     main = phase({name: config[name] for name in ("recipe", "optimiser", "scale")}, "config")
     experiment = Experiment(task=task, shape=shape(config["model"], task), phases=(*before(config), main), run=run,
                             pretrained=pretrained(config["model"]),
                             mesh=typed(meshes.Sizes, config.get("mesh", {}), "config.mesh"),
-                            asynchronous=typed(Asynchronous, config.get("asynchronous", {}), "config.asynchronous"))
+                            asynchronous=typed(Asynchronous, config.get("asynchronous", {}), "config.asynchronous"),
+                            batching=typed(Batching, config.get("batching", {}), "config.batching"))
     check(experiment)
     return experiment
 

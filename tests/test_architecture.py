@@ -19,7 +19,7 @@ KERNEL_FILES = ("op.py", "reference.py", "forward.py", "backward.py", "blocks.py
 VAGUE = {"utils", "util", "common", "helpers", "helper", "misc", "core", "base", "lib"}
 
 # Who may import which modules of this repository, by the longest prefix that fits; a name covers what is under it.
-LEARNER = ("rl_jax.learner", "rl_jax.models", "rl_jax.rollout", "rl_jax.recipe", "rl_jax.types", "rl_jax.masked",
+LEARNER = ("rl_jax.batching", "rl_jax.learner", "rl_jax.models", "rl_jax.rollout", "rl_jax.recipe", "rl_jax.types", "rl_jax.masked",
            "kernels_pallas")
 MAY_IMPORT = {
     "kernels_pallas": ("kernels_pallas",),
@@ -38,14 +38,15 @@ MAY_IMPORT = {
                        *(f"rl_jax.{stage}" for stage in PURE_STAGES)),
     "rl_jax.hub": (),
     "rl_jax.ahead": ("rl_jax.models.mesh",),
+    "rl_jax.batching": (),
     "rl_jax.tasks": ("rl_jax.hub", "rl_jax.tasks", "rl_jax.reward", "rl_jax.types"),
     "rl_jax.models.pretrained": ("rl_jax.models", "rl_jax.types", "rl_jax.hub", "rl_jax.tasks.checkpoint_tokenizer"),
     "rl_jax.sections": (),
-    "rl_jax.experiment": ("rl_jax.ahead", "rl_jax.learner.optimiser", "rl_jax.models", "rl_jax.recipe", "rl_jax.hub", "rl_jax.sections",
+    "rl_jax.experiment": ("rl_jax.ahead", "rl_jax.batching", "rl_jax.learner.optimiser", "rl_jax.models", "rl_jax.recipe", "rl_jax.hub", "rl_jax.sections",
                           "rl_jax.tasks.task", "rl_jax.tasks.checkpoint_tokenizer"),
     "rl_jax.comparison": ("rl_jax.experiment", "rl_jax.learner.optimiser", "rl_jax.models.shape", "rl_jax.recipe",
                           "rl_jax.sections", "rl_jax.tasks.task"),
-    "rl_jax.train": ("rl_jax.ahead", "rl_jax.comparison", "rl_jax.sections", "rl_jax.hub",
+    "rl_jax.train": ("rl_jax.ahead", "rl_jax.batching", "rl_jax.comparison", "rl_jax.sections", "rl_jax.hub",
                      "rl_jax.train", "rl_jax.experiment", "rl_jax.learner", "rl_jax.models", "rl_jax.rollout",
                      "rl_jax.tasks", "rl_jax.reward.worker", "rl_jax.recipe", "rl_jax.types", "kernels_pallas"),
     "configs": ("configs", "rl_jax.comparison", "rl_jax.experiment", "rl_jax.sections", "rl_jax.recipes", "rl_jax.tasks", "rl_jax.models"),

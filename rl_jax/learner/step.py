@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key
 
+from rl_jax.batching import Batching
 from rl_jax.learner import ask as asking
 from rl_jax.learner import assemble, carry, collect, diagnostics, evaluate, roles, update
 from rl_jax.models import lora, mixture, trainable
@@ -76,7 +77,8 @@ def initial_state(recipe: Recipe, network: Network, optimiser: optax.GradientTra
 
 def make_pieces(recipe: Recipe, task: tasks.Task, network: Network, optimiser: optax.GradientTransformation,
                 verdict: collect.Judge | None, *, microbatches: int = 1, axis: str | None = None,
-                learning_rate: Callable[[Array], Array] | None = None, quantise: str = "") -> Pieces:
+                learning_rate: Callable[[Array], Array] | None = None, quantise: str = "",
+                batching: Batching = Batching()) -> Pieces:
     """The draw-and-judge half and the learning half of a step.
 
     Args:
@@ -85,6 +87,7 @@ def make_pieces(recipe: Recipe, task: tasks.Task, network: Network, optimiser: o
       axis: name of the vmap axis over replicas, if there is one.
       learning_rate: the optimiser's schedule, for the metrics.
       quantise: see `ask.make_ask`.
+      batching: in which shapes answers are drawn and learned from.
     """
     temperature = 1.0 if recipe.rollout is None else recipe.rollout.temperature
     if temperature == 0:

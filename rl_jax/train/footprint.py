@@ -75,7 +75,7 @@ def phase_loop(experiment: Experiment, index: int, mesh: jax.sharding.Mesh | Non
     phase = experiment.phases[index]
     one = loop.PhaseLoop(phase, experiment.task, Network(experiment.shape), workers=NoWorkers(), mesh=mesh,
                          shown_groups=experiment.run.shown_groups or 1, ahead=experiment.asynchronous,
-                         offload=experiment.mesh.offload)
+                         offload=experiment.mesh.offload, batching=experiment.batching)
     return one, jax.eval_shape(one.initial_state, jax.random.key(0), session.first_shapes(experiment, phase.scale.seeds))
 
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
 from rl_jax.ahead import EAGER, Asynchronous
+from rl_jax.batching import Batching
 from rl_jax.experiment import Phase
 from rl_jax.learner import optimiser, step
 from rl_jax.models import mesh as meshes
@@ -55,7 +56,8 @@ class PhaseLoop:
 
     def __init__(self, phase: Phase, task: tasks.Task, network: Network, *, workers: Any = None,
                  shown_groups: int | None = None, mesh: Mesh | None = None,
-                 ahead: Asynchronous = Asynchronous(), offload: tuple[str, ...] = ()):
+                 ahead: Asynchronous = Asynchronous(), offload: tuple[str, ...] = (),
+                 batching: Batching = Batching()):
         """Composes the programs; nothing is compiled before `prepare` or the first tick.
 
         Args:
@@ -65,6 +67,7 @@ class PhaseLoop:
             under `jax.set_mesh(mesh)`.
           ahead: how far and where a phase with scale.program="async" draws ahead; it has the first devices, `mesh` others.
           offload: what of the state is kept in the host's memory between steps (`models.mesh.Sizes`); needs a mesh.
+          batching: in which shapes answers are drawn and learned from.
         """
         self.mesh, self.offload = mesh, offload
         # in two programs the host scores a batch while the device draws the next: one version late
@@ -82,7 +85,7 @@ class PhaseLoop:
             verdict = judge.make_judge(task, "train", workers=workers, mesh=mesh)
         self.pieces = step.make_pieces(
             recipe, task, self.network, self.optimiser, verdict, microbatches=scale.microbatches,
-            axis=step.SEED_AXIS if scale.seeds > 1 else None, quantise=scale.draw_with,
+            axis=step.SEED_AXIS if scale.seeds > 1 else None, quantise=scale.draw_with, batching=batching,
             learning_rate=optimiser.learning_rate(numbers, phase.updates))
         self._fresh, self._warm = self._initialisers()
         self._shown = shown_groups

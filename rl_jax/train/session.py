@@ -181,7 +181,8 @@ class Session:
         offset = sum(before.scale.steps for before in self.experiment.phases[:index])
         one = loop.PhaseLoop(phase, self.experiment.task, self.network, workers=self._workers,
                              shown_groups=self.experiment.run.shown_groups or 1, mesh=self.mesh,
-                             ahead=self.experiment.asynchronous, offload=self.experiment.mesh.offload)
+                             ahead=self.experiment.asynchronous, offload=self.experiment.mesh.offload,
+                             batching=self.experiment.batching)
         key = jax.random.fold_in(self._key, index)
         stream = one.stream(self.experiment.run.seed + index)
         done, pending = 0, None
