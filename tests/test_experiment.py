@@ -196,7 +196,7 @@ def test_an_unknown_name_is_answered_with_those_there_are(kind, near):
 def test_names_are_factories_and_nothing_else():
     assert "baselines.ppo" in sections.names("rl_jax.recipes")
     tasks = sections.names("rl_jax.tasks")
-    assert {"toys.addmod", "toys.bandit", "toys.chain", "toys.token_tree", "reasoning_gym", "gsm8k"} == set(tasks)
+    assert {"toys.addmod", "toys.bandit", "toys.chain", "toys.evens", "toys.token_tree", "reasoning_gym", "gsm8k"} == set(tasks)
 
 
 @pytest.mark.parametrize("make, said", [
