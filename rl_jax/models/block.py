@@ -1,5 +1,7 @@
 """One layer: x + attention(norm x), then x + inner(norm x)."""
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from flax import nnx
@@ -11,6 +13,7 @@ from rl_jax.models.lora import Adapters
 from rl_jax.models.mixture import Mixture
 from rl_jax.models.shape import Kind, Shape, depth_scale
 
+Turns = Mapping[tuple[float, Any], rotary.Turn]
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
@@ -48,16 +51,20 @@ class Block(nnx.Module):
         return Options(scale=self.shape.attention_scale or None, soft_cap=self.shape.attention_cap or None,
                        window=self.kind.window)
 
-    def heads(self, x: Float[Array, "M D"], position: Int[Array, " M"]) -> tuple[Array, Array, Array]:
-        """Queries [M, H, E], keys and values [M, K, E] of each row, turned to their positions."""
+    def heads(self, x: Float[Array, "M D"], turns: Turns) -> tuple[Array, Array, Array]:
+        """Queries [M, H, E], keys and values [M, K, E] of each row, turned to their positions.
+
+        Args:
+          turns: from `turns`, for the kinds of all layers.
+        """
         rows, size = x.shape[0], self.shape.head_size
         y = self.before_attention(x)
         query, key, value = (mesh.cut(project(y).reshape(rows, -1, size), "tensor")
                              for project in (self.query, self.key, self.value))
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        frequency = rotary.frequencies(size, self.kind.rotary_base, self.kind.rotary_scaling)
-        return rotary.rotate(query, position, frequency), rotary.rotate(key, position, frequency), value
+        turn = turns[self.kind.rotation]
+        return rotary.rotate(query, turn), rotary.rotate(key, turn), value
 
     def finish(self, x: Float[Array, "M D"], attended: Float[Array, "M C"],
                chosen: Int[Array, "M k"] | None = None) -> tuple[Float[Array, "M D"], Int[Array, "M k"] | None]:
@@ -78,3 +85,13 @@ class Block(nnx.Module):
         else:
             y, chosen = self.mixture(y, chosen)
         return x + (y if self.after_inner is None else self.after_inner(y)), chosen
+
+
+def turns(shape: Shape, position: Int[Array, " M"], below: int | None = None) -> Turns:
+    """By what each kind of layer turns the queries and keys at these positions.
+
+    Args:
+      position, below: see `rotary.turn`.
+    """
+    kinds = {kind.rotation for kind in shape.kinds}
+    return {kind: rotary.turn(position, rotary.frequencies(shape.head_size, *kind), below) for kind in kinds}

@@ -1,7 +1,9 @@
 """Rotary position embedding."""
 import dataclasses
 import math
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
@@ -57,20 +59,41 @@ def frequencies(size: int, base: float, scaling: Scaling | None = None) -> Float
     return ((1 - kept) * frequency / scaling.factor + kept * frequency).astype(np.float32)
 
 
-def rotate(x: Float[Array, "M H E"], position: Int[Array, " M"],
-           frequency: Float32[np.ndarray, " F"]) -> Float[Array, "M H E"]:
-    """Turns the pair (x_i, x_{i + E/2}) by the angle position * frequency_i.
+class Turn(NamedTuple):
+    """Cosine and sine of the angles by which the pairs of each row are turned."""
+
+    cosine: Float32[Array, "M F"]
+    sine: Float32[Array, "M F"]
+
+
+def turn(position: Int[Array, " M"], frequency: Float32[np.ndarray, " F"],
+         below: int | None = None) -> Turn:
+    """Of the angles position * frequency_i; made once for all layers of a pass.
+
+    Args:
+      position: of each row in its text, from 0.
+      frequency: from `frequencies`, F = E / 2.
+      below: a bound on the positions, if one is known; where there are more rows than that, their angles are looked up
+        in a table of so many.
+    """
+    looked_up = below is not None and below < position.shape[0]
+    angle = (jnp.arange(below) if looked_up else position).astype(jnp.float32)[:, None] * frequency[None, :]
+    # Without the barrier a compiler that fuses makes them anew for every element of every head that they turn.
+    found = jax.lax.optimization_barrier(Turn(jnp.cos(angle), jnp.sin(angle)))
+    return jax.lax.optimization_barrier(Turn(*(a[position] for a in found))) if looked_up else found
+
+
+def rotate(x: Float[Array, "M H E"], by: Turn) -> Float[Array, "M H E"]:
+    """Turns the pair (x_i, x_{i + E/2}) by the i-th angle of its row.
 
     Args:
       x: queries or keys, E even.
-      position: of each row in its text, from 0.
-      frequency: from `frequencies`, F = E / 2.
+      by: from `turn`, F = E / 2.
 
     Source: Su et al. 2021, arXiv:2104.09864, in the half-split layout of published checkpoints.
     """
     half = x.shape[-1] // 2
-    angle = position.astype(jnp.float32)[:, None] * frequency[None, :]
-    cosine, sine = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
+    cosine, sine = by.cosine[:, None, :], by.sine[:, None, :]
     left, right = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     turned = jnp.concatenate([left * cosine - right * sine, right * cosine + left * sine], axis=-1)
     return turned.astype(x.dtype)

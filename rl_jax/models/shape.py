@@ -29,6 +29,11 @@ class Kind:
     rotary_scaling: Scaling | None
     mixture: bool
 
+    @property
+    def rotation(self) -> tuple[float, Scaling | None]:
+        """What its rotary embedding's frequencies depend on."""
+        return self.rotary_base, self.rotary_scaling
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.decode_attention.reference import Cache
 from rl_jax.models import attention, mesh, norm
-from rl_jax.models.block import Block
+from rl_jax.models.block import Block, Turns, turns
 from rl_jax.models.lora import Adapters
 from rl_jax.models.routes import Routes, of_layers
 from rl_jax.models.shape import DTYPES, Kind, Shape
@@ -65,11 +65,12 @@ class Transformer(nnx.Module):
         n, t = completions.shape
         inputs = jnp.concatenate([jnp.repeat(last_token(prompts, lengths), n // p)[:, None], completions[:, :-1]], 1)
         position = (jnp.repeat(lengths, n // p)[:, None] - 1 + jnp.arange(t)[None, :]).reshape(-1)
+        of_prompts, of_completions = self._prompt_turns(*prompts.shape), turns(self.shape, position, prompts.shape[1] + t)
 
         def layer(block, index, carry, chosen):
             (x, y), (of_prompt, of_completion) = carry, chosen or (None, None)
-            x, (key, value), of_prompt = _prompt_layer(block, x, p, of_prompt)
-            q, k, v = block.heads(y, position)
+            x, (key, value), of_prompt = _prompt_layer(block, x, p, of_prompts, of_prompt)
+            q, k, v = block.heads(y, of_completions)
             q, k, v = (a.reshape(n, t, *a.shape[1:]) for a in (q, k, v))
             # The last token of a prompt is fed to its completions, which see it among their own.
             attended = attention.shared_prefix(q, k, v, key, value, lengths - 1, block.options)
@@ -85,10 +86,11 @@ class Transformer(nnx.Module):
         """Keys and values of the prompts, [P, K, S, E], a tuple per layer, or stacked over layers that are scanned;
         and the experts of every token (None for a network without mixtures)."""
         p, s = prompts.shape
+        of_prompts = self._prompt_turns(p, s)
 
         def layer(block, index, carry, _):
             x, cache = carry
-            x, (key, value), chosen = _prompt_layer(block, x, p)
+            x, (key, value), chosen = _prompt_layer(block, x, p, of_prompts)
             return (x, _write(cache, index, (jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)))), chosen
 
         start = (self._embed(prompts.reshape(-1)), self.empty_cache(p, s))
@@ -118,10 +120,11 @@ class Transformer(nnx.Module):
         Returns:
           The hidden state, the cache, and the experts of the token (None for a network without mixtures).
         """
+        of_tokens = turns(self.shape, lengths - 1 + now)
 
         def layer(block, index, carry, _):
             x, cache = carry
-            q, k, v = block.heads(x, lengths - 1 + now)
+            q, k, v = block.heads(x, of_tokens)
             keys, values = _read(cache, index)
             keys = jax.lax.dynamic_update_slice_in_dim(keys, k[:, :, None], now, 2)
             values = jax.lax.dynamic_update_slice_in_dim(values, v[:, :, None], now, 2)
@@ -132,6 +135,9 @@ class Transformer(nnx.Module):
 
         (x, cache), chosen = self._through_layers(layer, (self._embed(token), cache))
         return self.final(x), cache, None if chosen is None else jnp.moveaxis(chosen, 0, 1)
+
+    def _prompt_turns(self, prompts: int, length: int) -> Turns:
+        return turns(self.shape, jnp.tile(jnp.arange(length), prompts), length)
 
     def _embed(self, tokens: Int[Array, " M"]) -> Float[Array, "M D"]:
         x = self.embedding[...].astype(DTYPES[self.shape.compute])[tokens]
@@ -184,11 +190,10 @@ def last_token(prompts: Int[Array, "P S"], lengths: Int[Array, " P"]) -> Int[Arr
     return jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
 
 
-def _prompt_layer(block: Block, x: Float[Array, "M D"], prompts: int,
+def _prompt_layer(block: Block, x: Float[Array, "M D"], prompts: int, of_prompts: Turns,
                   chosen: Array | None = None) -> tuple[Array, tuple[Array, Array], Array | None]:
     rows = x.shape[0]
-    position = jnp.tile(jnp.arange(rows // prompts), prompts)
-    q, k, v = (a.reshape(prompts, rows // prompts, *a.shape[1:]) for a in block.heads(x, position))
+    q, k, v = (a.reshape(prompts, rows // prompts, *a.shape[1:]) for a in block.heads(x, of_prompts))
     attended = attention.prompt(q, k, v, block.options)
     x, chosen = block.finish(x, attended.reshape(rows, -1), chosen)
     return x, (k, v), chosen
