@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.decode_attention.reference import Cache
 from rl_jax.models import attention, mesh, norm
-from rl_jax.models.block import Block, Turns, turns
+from rl_jax.models.block import Block, Turns, turns, turns_at
 from rl_jax.models.lora import Adapters
 from rl_jax.models.routes import Routes, of_layers
 from rl_jax.models.shape import DTYPES, Kind, Shape
@@ -65,7 +65,8 @@ class Transformer(nnx.Module):
         n, t = completions.shape
         inputs = jnp.concatenate([jnp.repeat(last_token(prompts, lengths), n // p)[:, None], completions[:, :-1]], 1)
         position = (jnp.repeat(lengths, n // p)[:, None] - 1 + jnp.arange(t)[None, :]).reshape(-1)
-        of_prompts, of_completions = self._prompt_turns(*prompts.shape), turns(self.shape, position, prompts.shape[1] + t)
+        table = turns(self.shape, prompts.shape[1] + t)
+        of_prompts, of_completions = _of_prompts(table, *prompts.shape), turns_at(table, position)
 
         def layer(block, index, carry, chosen):
             (x, y), (of_prompt, of_completion) = carry, chosen or (None, None)
@@ -86,7 +87,7 @@ class Transformer(nnx.Module):
         """Keys and values of the prompts, [P, K, S, E], a tuple per layer, or stacked over layers that are scanned;
         and the experts of every token (None for a network without mixtures)."""
         p, s = prompts.shape
-        of_prompts = self._prompt_turns(p, s)
+        of_prompts = _of_prompts(turns(self.shape, s), p, s)
 
         def layer(block, index, carry, _):
             x, cache = carry
@@ -107,7 +108,7 @@ class Transformer(nnx.Module):
         return (one,) * shape.layers, (one,) * shape.layers
 
     def decode(self, prompt_cache: Any, cache: Any, token: Int[Array, " P"], lengths: Int[Array, " P"],
-               now: Int[Array, ""]) -> tuple[Float[Array, "P D"], Any, Int[Array, "P L k"] | None]:
+               now: Int[Array, ""], table: Turns) -> tuple[Float[Array, "P D"], Any, Int[Array, "P L k"] | None]:
         """One step of one sample per prompt: the hidden state that token `now` is drawn from.
 
         Args:
@@ -116,11 +117,12 @@ class Transformer(nnx.Module):
           token: fed now: the last prompt token at now = 0, then the token drawn before.
           lengths: of the prompts, in tokens.
           now: the completion position, from 0.
+          table: `turns` of all positions that there are, made once, before the first step.
 
         Returns:
           The hidden state, the cache, and the experts of the token (None for a network without mixtures).
         """
-        of_tokens = turns(self.shape, lengths - 1 + now)
+        of_tokens = turns_at(table, lengths - 1 + now)
 
         def layer(block, index, carry, _):
             x, cache = carry
@@ -135,9 +137,6 @@ class Transformer(nnx.Module):
 
         (x, cache), chosen = self._through_layers(layer, (self._embed(token), cache))
         return self.final(x), cache, None if chosen is None else jnp.moveaxis(chosen, 0, 1)
-
-    def _prompt_turns(self, prompts: int, length: int) -> Turns:
-        return turns(self.shape, jnp.tile(jnp.arange(length), prompts), length)
 
     def _embed(self, tokens: Int[Array, " M"]) -> Float[Array, "M D"]:
         x = self.embedding[...].astype(DTYPES[self.shape.compute])[tokens]
@@ -188,6 +187,10 @@ def _in_turn(one: Callable, blocks: Any, first: Any, carry: Any, given: Any) -> 
 def last_token(prompts: Int[Array, "P S"], lengths: Int[Array, " P"]) -> Int[Array, " P"]:
     """The last token of each right-padded prompt: the first that its completions are fed."""
     return jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
+
+
+def _of_prompts(table: Turns, prompts: int, length: int) -> Turns:
+    return turns_at(table, jnp.tile(jnp.arange(length), prompts))
 
 
 def _prompt_layer(block: Block, x: Float[Array, "M D"], prompts: int, of_prompts: Turns,

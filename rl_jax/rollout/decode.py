@@ -41,9 +41,10 @@ def make_rollout(network: Network, rollout: Rollout, *, completion_length: int, 
         head = network.vocabulary(parameters)
         prompt_cache, prompt_routes = network.prefill(parameters, prompts.tokens)
         uniforms = jnp.moveaxis(uniforms, 0, 1)
+        turns = network.turns(prompts.tokens.shape[1] + completion_length)
 
         def one_sample(cache, token, uniforms, alive, now):
-            hidden, cache, chosen = network.decode(parameters, prompt_cache, cache, token, prompts.lengths, now)
+            hidden, cache, chosen = network.decode(parameters, prompt_cache, cache, token, prompts.lengths, now, turns)
             logits = network.logits(hidden, head)
             uniform = jax.lax.dynamic_index_in_dim(uniforms, now, 1, keepdims=False)
             token, logp, entropy, keep = sample.draw(uniform, logits, rollout, coefficient)
