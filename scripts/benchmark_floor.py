@@ -116,8 +116,8 @@ class Rates:
 
     def words(self) -> str:
         """Both, for a caption."""
-        return (f"a product of two [{SQUARE:,}]^2 float32 matrices ran at {self.products / 1e9:,.0f} GFLOP/s at best, adding 1 "
-                f"to {self.copied:,} float32 numbers at {self.copies / 1e9:,.1f} GB/s")
+        return (f"a product of two [{SQUARE:,}]^2 float32 matrices ran at {self.products / 1e9:,.0f} GFLOP/s at best, "
+                f"adding 1 to {self.copied:,} float32 numbers at {self.copies / 1e9:,.1f} GB/s")
 
 
 def measured(copied: int) -> Rates:
@@ -131,7 +131,8 @@ def measured(copied: int) -> Rates:
     rounds = max(16, (1 << 25) // copied)  # the first writes to fresh memory, which is slow
     add = jax.jit(lambda x: jax.lax.fori_loop(0, rounds, lambda _, y: y + 1, x))
     product = _best(jax.jit(jnp.matmul), side, side)
-    return Rates(2 * SQUARE**3 / product, 2 * NUMBER * copied * rounds / _best(add, jnp.zeros(copied, jnp.float32)), copied)
+    added = _best(add, jnp.zeros(copied, jnp.float32))
+    return Rates(2 * SQUARE**3 / product, 2 * NUMBER * copied * rounds / added, copied)
 
 
 def _best(function: Callable[..., Any], *arguments: Any) -> float:

@@ -32,8 +32,9 @@ class Sizes:
 
 
 # the network and the lengths of workload "first" of configs/benchmark/shared_toy.py
-SIZES = Sizes(shapes.Shape(vocabulary=2048, width=256, layers=4, heads=4, key_heads=2, head_size=64, inner=1024, query_bias=True,
-                           rotary_base=1e6), 32, 64, (1, 2, 4, 8, 16, 32, 64, 128, 256), 8)
+_FIRST = shapes.Shape(vocabulary=2048, width=256, layers=4, heads=4, key_heads=2, head_size=64, inner=1024, query_bias=True,
+                      rotary_base=1e6)
+SIZES = Sizes(_FIRST, prompt_tokens=32, tokens=64, rows=(1, 2, 4, 8, 16, 32, 64, 128, 256), group=8)
 
 
 def tables(sizes: Sizes, clock: Clock, wanted: Callable[[str], bool]) -> list[benchmark_table.Table]:
@@ -57,9 +58,10 @@ def tables(sizes: Sizes, clock: Clock, wanted: Callable[[str], bool]) -> list[be
                  for work, prefill, draw in zip(works, spent[::2], spent[1::2], strict=True))
     shape = sizes.shape
     caption = (f"{benchmark_table.circumstances()}: {shape.layers} layers of width {shape.width}, V = {shape.vocabulary:,}, "
-               f"float32, answers of {sizes.tokens} tokens to prompts of {sizes.prompt_tokens}; {rates.words()}. Time is that of "
-               "drawing without that of the prefill. Bounds are at these rates: by bandwidth, where the weights and what is "
-               "seen of the caches are read once for each token position; by arithmetic, FLOPs of the matrix products.")
+               f"float32, answers of {sizes.tokens} tokens to prompts of {sizes.prompt_tokens}; {rates.words()}. Time is "
+               "that of drawing less that of the prefill. Bounds are at these rates: by bandwidth, where the weights and "
+               "what is seen of the caches are read once for each token position; by arithmetic, FLOPs of the matrix "
+               "products.")
     columns = "rows", "prompts x answers", "tokens/s", "bound by bandwidth", "bound by arithmetic", "of the smaller"
     return [benchmark_table.Table(caption, columns, rows)]
 
@@ -79,8 +81,8 @@ def row(work: benchmark_floor.Work, seconds: float, rates: benchmark_floor.Rates
     tokens = work.rows * work.tokens
     bandwidth = tokens * rates.copies / benchmark_floor.read_while_drawing(work)
     arithmetic = tokens * rates.products / benchmark_floor.of_answers(work)
-    return (f"{work.rows}", f"{work.prompts} x {work.group}", f"{tokens / seconds:,.0f}", f"{bandwidth:,.0f}", f"{arithmetic:,.0f}",
-            f"{tokens / seconds / min(bandwidth, arithmetic):.1%}")
+    return (f"{work.rows}", f"{work.prompts} x {work.group}", f"{tokens / seconds:,.0f}", f"{bandwidth:,.0f}",
+            f"{arithmetic:,.0f}", f"{tokens / seconds / min(bandwidth, arithmetic):.1%}")
 
 
 def _sides(network: Network, weights: Parameters, work: benchmark_floor.Work) -> list[benchmark_step.Side]:
@@ -90,7 +92,8 @@ def _sides(network: Network, weights: Parameters, work: benchmark_floor.Work) ->
     prompts = Prompts(tokens=tokens, lengths=number + work.prompt_tokens, example=number, domain=number, facts={})
     uniforms = decode.make_uniforms(jax.random.key(2), work.prompts, work.group, work.tokens)
     prefill = jax.jit(network.prefill)
-    draw = jax.jit(decode.make_rollout(network, Rollout(work.group), completion_length=work.tokens, stop_ids=(), pad_id=0))
+    ends = {"completion_length": work.tokens, "stop_ids": (), "pad_id": 0}
+    draw = jax.jit(decode.make_rollout(network, Rollout(work.group), **ends))
 
     def side(program: Callable[..., Any], *arguments: Any) -> benchmark_step.Side:
         call = benchmark_step.alone(lambda: program(weights, *arguments))

@@ -49,15 +49,16 @@ def tables(base: benchmark_floor.Work, clock: Clock, wanted: Callable[[str], boo
     if not axes:
         return []
     shown = rich.progress.track(axes, "sizes", console=rich.console.Console(stderr=True))
-    found = [_growth(base, axis, clock) for axis in shown]
+    made: dict[benchmark_floor.Work, benchmark_step.Side] = {}
+    found = [_growth(base, axis, clock, made) for axis in shown]
     if plot:
         draw(found, PLOT)
     shape = base.shape
-    caption = (f"{benchmark_table.circumstances()}: steps of baselines.grpo with its reference and AdamW, through the training "
-               f"loop; {shape.layers} layers of width {shape.width}, float32. Each size doubles by itself, from {base.prompts} "
-               f"prompts x {base.group} answers of {base.tokens} tokens to prompts of {base.prompt_tokens}, V = "
-               f"{shape.vocabulary:,}. FLOPs are those of matrix products, every prompt once. A row misses its target where "
-               f"the time grows by more than {NOISE:g} times what the FLOPs do.")
+    caption = (f"{benchmark_table.circumstances()}: steps of baselines.grpo with its reference and AdamW, through the "
+               f"training loop; {shape.layers} layers of width {shape.width}, float32. Each size doubles by itself, from "
+               f"{base.prompts} prompts x {base.group} answers of {base.tokens} tokens to prompts of {base.prompt_tokens}, "
+               f"V = {shape.vocabulary:,}. FLOPs are those of matrix products, every prompt once. A row misses its target "
+               f"where the time grows by more than {NOISE:g} times what the FLOPs do.")
     columns = "size", "from", "to", "ms", "ms, doubled", "time", "FLOPs", "time / FLOPs"
     lines = [(growth.axis, line) for growth in found for line in doublings(growth)]
     missed = tuple(f"{axis} from {line[0]} to {line[1]}: the time grows {line[4]}, the FLOPs {line[5]}"
@@ -76,9 +77,14 @@ def doublings(growth: Growth) -> list[tuple[str, ...]]:
     return lines
 
 
-def _growth(base: benchmark_floor.Work, axis: str, clock: Clock) -> Growth:
+def _growth(base: benchmark_floor.Work, axis: str, clock: Clock,
+            made: dict[benchmark_floor.Work, benchmark_step.Side]) -> Growth:
+    """Measures the step at every doubling; adds the sides that it compiles to those that were made before."""
     works = [grown(base, axis, 2**i) for i in range(DOUBLINGS + 1)]
-    sides = [benchmark_step.repeated(benchmark_step.step_of(_loop(work)), at_least=SHORTEST_S, fewest=2) for work in works]
+    for work in works:
+        if work not in made:
+            made[work] = benchmark_step.repeated(benchmark_step.step_of(_loop(work)), at_least=SHORTEST_S, fewest=2)
+    sides = [made[work] for work in works]
     spent = clock(*(side.run for side in sides))
     return Growth(axis, tuple(size(work, axis) for work in works),
                   tuple(total / side.times for total, side in zip(spent, sides, strict=True)),
@@ -96,8 +102,9 @@ def grown(base: benchmark_floor.Work, axis: str, times: int) -> benchmark_floor.
     new = times * size(base, axis)
     if axis == "vocabulary":
         return dataclasses.replace(base, shape=dataclasses.replace(base.shape, vocabulary=new))
-    field = {"prompts": "prompts", "answers per prompt": "group", "answer tokens": "tokens", "prompt tokens": "prompt_tokens"}[axis]
-    return dataclasses.replace(base, **{field: new})
+    fields = {"prompts": "prompts", "answers per prompt": "group", "answer tokens": "tokens",
+              "prompt tokens": "prompt_tokens"}
+    return dataclasses.replace(base, **{fields[axis]: new})
 
 
 def _loop(work: benchmark_floor.Work) -> loop.PhaseLoop:
@@ -114,7 +121,8 @@ def draw(found: list[Growth], path: pathlib.Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "scaling"
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(found), figsize=(2.4 * len(found), 2.6), layout="constrained", sharey=True, squeeze=False)
+    figure, panels = plt.subplots(1, len(found), figsize=(2.4 * len(found), 2.6), layout="constrained", sharey=True,
+                                  squeeze=False)
     for axes, growth in zip(panels[0], found, strict=True):
         axes.plot(growth.sizes, [seconds / growth.seconds[0] for seconds in growth.seconds], "o-", label="time")
         axes.plot(growth.sizes, [flops / growth.flops[0] for flops in growth.flops], "k--", label="FLOPs")

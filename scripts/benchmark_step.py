@@ -94,12 +94,12 @@ def _caption(name: str, parsed: experiment.Experiment, work: benchmark_floor.Wor
     copied = dataclasses.replace(work, prompts=work.rows, group=1)
     flops, of_copies = (sum(benchmark_floor.of_step(one).values()) / 1e9 for one in (work, copied))
     return (f"Workload `{name}`, {benchmark_table.circumstances()}: {shape.layers} layers of width {shape.width}, "
-            f"V = {shape.vocabulary:,}, float32, {work.prompts} x {work.group} answers of {work.tokens} tokens to prompts of "
-            f"{work.prompt_tokens}, {calls} step{'s' * (calls > 1)} a dispatch; {rates.words()}. Floors are at these rates: "
-            f"FLOPs of the phase's matrix products ({flops:,.2f} GFLOP a step, every prompt once; a copy of it for each answer "
-            f"would make it {of_copies:,.2f}), or bytes where they take longer. Phases are compiled apart; a step has more than "
-            "the phases (random numbers, credit, metrics) and may be compiled into less. The host gap is a step of the loop "
-            "without the compiled step called back to back.")
+            f"V = {shape.vocabulary:,}, float32, {work.prompts} x {work.group} answers of {work.tokens} tokens to "
+            f"prompts of {work.prompt_tokens}, {calls} step{'s' * (calls > 1)} a dispatch; {rates.words()}. Floors are at these "
+            f"rates: FLOPs of the phase's matrix products ({flops:,.2f} GFLOP a step, every prompt once; with a copy of it for "
+            f"each answer {of_copies:,.2f}), or bytes where they take longer. Phases are compiled apart; a step has more "
+            "than the phases (random numbers, credit, metrics) and may be compiled into less. The host gap is a step of the "
+            "loop less the compiled step called back to back.")
 
 
 class Row(NamedTuple):
@@ -133,7 +133,8 @@ def phases(seconds: dict[str, float], floor: dict[str, tuple[float, str]]) -> li
     rows = [Row(name, seconds[name], *floor.get(name, (math.nan, ""))) for name in order]
     rows.append(Row("host gap", seconds["step"] - seconds["program"], math.nan, ""))
     least = sum(at_least for at_least, _ in floor.values())
-    return [*rows, Row("sum of phases", sum(row.seconds for row in rows), least, ""), Row("step", seconds["step"], least, "")]
+    rows.append(Row("sum of phases", sum(row.seconds for row in rows), least, ""))
+    return [*rows, Row("step", seconds["step"], least, "")]
 
 
 def _cells(row: Row, step: float) -> tuple[str, ...]:
@@ -251,13 +252,14 @@ def draw_of(one: loop.PhaseLoop) -> Callable[..., Any]:
 def _optimiser_step(one: loop.PhaseLoop, gradient: Any, x: Any) -> Callable[[], Any]:
     """The update with the gradient given: that of a loss that is linear in the weights is its slope."""
     recipe = one.phase.recipe
+    unused = evaluate.make_evaluate(one.network, recipe.rollout.temperature)
 
     def stepped(parameters, optimiser_state, gradient, x):
         def linear(parameters, x, weight, share):
             products = jax.tree.map(jnp.vdot, parameters, gradient)
             return sum(jax.tree.leaves(products)), {}
 
-        return update.make_update(recipe, None, one.optimiser, objective=linear)(parameters, optimiser_state, x)
+        return update.make_update(recipe, unused, one.optimiser, objective=linear)(parameters, optimiser_state, x)
 
     program, state = jax.jit(stepped, donate_argnums=(0, 1)), one.initial_state(jax.random.key(0))
     parameters, moments = state.parameters, state.optimiser
