@@ -107,32 +107,38 @@ class Rates:
 
     Attributes:
       products: FLOPs per second of a large product of float32 matrices.
-      copies: bytes per second read and written by an addition of 1 in place to `copied` float32 numbers.
+      weights: bytes per second read and written by an addition of 1 in place to as many float32 numbers as a network has.
+      moments: the same of four times as many, as AdamW works on: what fits in a cache is copied faster.
+      parameters: the network's.
     """
 
     products: float
-    copies: float
-    copied: int
+    weights: float
+    moments: float
+    parameters: int
 
     def words(self) -> str:
-        """Both, for a caption."""
+        """All, for a caption."""
         return (f"a product of two [{SQUARE:,}]^2 float32 matrices ran at {self.products / 1e9:,.0f} GFLOP/s at best, "
-                f"adding 1 to {self.copied:,} float32 numbers at {self.copies / 1e9:,.1f} GB/s")
+                f"adding 1 to {self.parameters:,} float32 numbers (the weights) at {self.weights / 1e9:,.1f} GB/s, to four "
+                f"times as many (with gradient and moments) at {self.moments / 1e9:,.1f} GB/s")
 
 
-def measured(copied: int) -> Rates:
+def measured(parameters: int) -> Rates:
     """The device's rates, now.
 
     Args:
-      copied: numbers that are read and written, as many as the programs hold that are compared with the rate: what
-        fits in a cache is copied faster than what does not.
+      parameters: of the network whose programs are compared with them.
     """
     side = jnp.full((SQUARE, SQUARE), 0.5, jnp.float32)
-    rounds = max(16, (1 << 25) // copied)  # the first writes to fresh memory, which is slow
-    add = jax.jit(lambda x: jax.lax.fori_loop(0, rounds, lambda _, y: y + 1, x))
     product = _best(jax.jit(jnp.matmul), side, side)
-    added = _best(add, jnp.zeros(copied, jnp.float32))
-    return Rates(2 * SQUARE**3 / product, 2 * NUMBER * copied * rounds / added, copied)
+    return Rates(2 * SQUARE**3 / product, _added(parameters), _added(4 * parameters), parameters)
+
+
+def _added(numbers: int) -> float:
+    rounds = min(max(4, (1 << 25) // numbers), 256)  # several, as the first writes to fresh memory, which is slow
+    add = jax.jit(lambda x: jax.lax.fori_loop(0, rounds, lambda _, y: y + 1, x))
+    return 2 * NUMBER * numbers * rounds / _best(add, jnp.zeros(numbers, jnp.float32))
 
 
 def _best(function: Callable[..., Any], *arguments: Any) -> float:

@@ -79,7 +79,7 @@ def row(work: benchmark_floor.Work, seconds: float, rates: benchmark_floor.Rates
       seconds: of decoding.
     """
     tokens = work.rows * work.tokens
-    bandwidth = tokens * rates.copies / benchmark_floor.read_while_drawing(work)
+    bandwidth = tokens * rates.weights / benchmark_floor.read_while_drawing(work)
     arithmetic = tokens * rates.products / benchmark_floor.of_answers(work)
     return (f"{work.rows}", f"{work.prompts} x {work.group}", f"{tokens / seconds:,.0f}", f"{bandwidth:,.0f}",
             f"{arithmetic:,.0f}", f"{tokens / seconds / min(bandwidth, arithmetic):.1%}")

@@ -60,9 +60,9 @@ def tables(configs: dict[str, ml_collections.ConfigDict], clock: Clock,
 def _table(name: str, config: ml_collections.ConfigDict, targets: Targets, clock: Clock) -> benchmark_table.Table:
     parsed = experiment.parse(config)
     one = _loop(parsed)
-    work, parameters = work_of(parsed), shapes.parameter_count(jax.eval_shape(one.network.initialise, jax.random.key(0)))
-    rates = benchmark_floor.measured(parameters)
-    rows = phases(_seconds(one, clock), floors(work, parameters, rates))
+    weights = jax.eval_shape(one.network.initialise, jax.random.key(0))
+    work, rates = work_of(parsed), benchmark_floor.measured(shapes.parameter_count(weights))
+    rows = phases(_seconds(one, clock), floors(work, rates))
     step, gap = rows[-1], rows[-3]
     missed = []
     if targets.step is not None and not step.seconds <= targets.step * step.floor:
@@ -95,11 +95,11 @@ def _caption(name: str, parsed: experiment.Experiment, work: benchmark_floor.Wor
     flops, of_copies = (sum(benchmark_floor.of_step(one).values()) / 1e9 for one in (work, copied))
     return (f"Workload `{name}`, {benchmark_table.circumstances()}: {shape.layers} layers of width {shape.width}, "
             f"V = {shape.vocabulary:,}, float32, {work.prompts} x {work.group} answers of {work.tokens} tokens to "
-            f"prompts of {work.prompt_tokens}, {calls} step{'s' * (calls > 1)} a dispatch; {rates.words()}. Floors are at these "
-            f"rates: FLOPs of the phase's matrix products ({flops:,.2f} GFLOP a step, every prompt once; with a copy of it for "
-            f"each answer {of_copies:,.2f}), or bytes where they take longer. Phases are compiled apart; a step has more "
-            "than the phases (random numbers, credit, metrics) and may be compiled into less. The host gap is a step of the "
-            "loop less the compiled step called back to back.")
+            f"prompts of {work.prompt_tokens}, {calls} step{'s' * (calls > 1)} a dispatch; {rates.words()}. "
+            f"Floors are at these rates: FLOPs of the phase's matrix products ({flops:,.2f} GFLOP a step, every prompt "
+            f"once; with a copy of it for each answer {of_copies:,.2f}), or bytes where they take longer. Phases are "
+            "compiled apart; a step has more than the phases (random numbers, credit, metrics) and may be compiled into "
+            "less. The host gap is a step of the loop less the compiled step called back to back.")
 
 
 class Row(NamedTuple):
@@ -111,12 +111,12 @@ class Row(NamedTuple):
     bound: str
 
 
-def floors(work: benchmark_floor.Work, parameters: int, rates: benchmark_floor.Rates) -> dict[str, tuple[float, str]]:
+def floors(work: benchmark_floor.Work, rates: benchmark_floor.Rates) -> dict[str, tuple[float, str]]:
     """Seconds that each phase takes at least, and what binds it."""
     found = {name: (flops / rates.products, "arithmetic") for name, flops in benchmark_floor.of_step(work).items()}
-    read = benchmark_floor.read_while_drawing(work) / rates.copies, "bandwidth"
+    read = benchmark_floor.read_while_drawing(work) / rates.weights, "bandwidth"
     found["decoding"] = max(found["decoding"], read)
-    found["optimiser"] = benchmark_floor.moved_by_adamw(parameters) / rates.copies, "bandwidth"
+    found["optimiser"] = benchmark_floor.moved_by_adamw(rates.parameters) / rates.moments, "bandwidth"
     return found
 
 

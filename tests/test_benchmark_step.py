@@ -27,7 +27,7 @@ import benchmark_table  # noqa: E402
 SHAPE = Shape(vocabulary=10, width=6, layers=2, heads=2, key_heads=1, head_size=4, inner=5)
 WORK = benchmark_floor.Work(SHAPE, prompts=2, group=3, prompt_tokens=4, tokens=3)
 THIN = dataclasses.replace(WORK, shape=dataclasses.replace(SHAPE, layers=1))
-RATES = benchmark_floor.Rates(products=1e9, copies=1e9, copied=1)
+RATES = benchmark_floor.Rates(products=1e9, weights=1e9, moments=2e9, parameters=10**9)
 
 
 def clock(*sides):
@@ -120,19 +120,19 @@ def test_the_table_of_a_step_adds_up():
     """Drawing holds the prefill; what the host adds is what the loop takes beyond its program."""
     seconds = {"prefill": 1.0, "draw": 5.0, "reward": 0.5, "reference pass": 2.0, "forward and backward": 6.0,
                "optimiser": 0.25, "program": 14.0, "step": 15.0}
-    floor = benchmark_step.floors(WORK, 10**9, RATES)
+    floor = benchmark_step.floors(WORK, RATES)
     rows = {row.name: row for row in benchmark_step.phases(seconds, floor)}
     assert rows["decoding"].seconds == 4.0 and rows["host gap"].seconds == 1.0
     assert rows["sum of phases"].seconds == 1.0 + 4.0 + 0.5 + 2.0 + 6.0 + 0.25 + 1.0 and rows["step"].seconds == 15.0
-    assert rows["optimiser"].floor == 28.0 and rows["optimiser"].bound == "bandwidth"
+    assert rows["optimiser"].floor == 14.0 and rows["optimiser"].bound == "bandwidth"
     products = sum(benchmark_floor.of_step(WORK).values()) / 1e9
-    assert rows["step"].floor == pytest.approx(28.0 + products) and math.isnan(rows["reward"].floor)
+    assert rows["step"].floor == pytest.approx(14.0 + products) and math.isnan(rows["reward"].floor)
 
 
 def test_the_larger_of_two_floors_holds():
-    slow = dataclasses.replace(RATES, copies=1.0)
-    assert benchmark_step.floors(WORK, 1, slow)["decoding"] == (benchmark_floor.read_while_drawing(WORK), "bandwidth")
-    assert benchmark_step.floors(WORK, 1, dataclasses.replace(RATES, products=1.0))["decoding"][1] == "arithmetic"
+    slow = dataclasses.replace(RATES, weights=1.0)
+    assert benchmark_step.floors(WORK, slow)["decoding"] == (benchmark_floor.read_while_drawing(WORK), "bandwidth")
+    assert benchmark_step.floors(WORK, dataclasses.replace(RATES, products=1.0))["decoding"][1] == "arithmetic"
 
 
 def toy():
@@ -175,7 +175,7 @@ def test_the_smaller_bound_holds():
     row = benchmark_rollout.row(WORK, 1.0, RATES)
     bandwidth, arithmetic = 18e9 / benchmark_floor.read_while_drawing(WORK), 18e9 / benchmark_floor.of_answers(WORK)
     assert row[2:5] == ("18", f"{bandwidth:,.0f}", f"{arithmetic:,.0f}")
-    slow = dataclasses.replace(RATES, copies=2.0 * benchmark_floor.read_while_drawing(WORK))  # 36 tokens/s
+    slow = dataclasses.replace(RATES, weights=2.0 * benchmark_floor.read_while_drawing(WORK))  # 36 tokens/s
     assert benchmark_rollout.row(WORK, 1.0, slow)[5] == "50.0%"
 
 
