@@ -288,6 +288,7 @@ def check(experiment: Experiment) -> None:
              f"config.run.validate_every={run.validate_every}, but task {task.name!r} has no validation split: "
              "give it one, or set validate_every=0.")
     _check_asynchronous(experiment)
+    _check_slots(experiment)
     for index, phase in enumerate(experiment.phases):
         _check_mesh(phase, experiment, f"phase {index + 1} of {len(experiment.phases)} ({phase.recipe.name})")
         _check_phase(phase, run, task, f"phase {index + 1} of {len(experiment.phases)} ({phase.recipe.name})")
@@ -330,6 +331,14 @@ def _check_asynchronous(experiment: Experiment) -> None:
         _require(phase.scale.prompts_per_step % sampler.rows == 0,
                  f"scale.prompts_per_step={phase.scale.prompts_per_step} cannot be cut over the {sampler.rows} devices of the "
                  f"sampler that cut the batch: make it a multiple of {sampler.rows}.")
+
+
+def _check_slots(experiment: Experiment) -> None:
+    drawing = [phase for phase in experiment.phases if phase.recipe.rollout is not None]
+    sampler = experiment.asynchronous.sampler
+    devices = max(experiment.mesh.devices, 1 if sampler is None else sampler.devices)
+    experiment.batching.check_slots([(phase.recipe.name, phase.recipe.rollout.window,
+                                      phase.scale.prompts_per_step * phase.recipe.group_size) for phase in drawing], devices)
 
 
 def _check_program(phase: Phase, where: str) -> None:

@@ -11,6 +11,7 @@ python scripts/benchmark.py collectives  what devices compute and exchange as th
 python scripts/benchmark.py step       the phases of a step, each beside its floor, and what the host adds; --write, too
 python scripts/benchmark.py rollout    tokens drawn per second beside what the device allows, 1 to 256 rows; --write, too
 python scripts/benchmark.py scaling    a step as each of its sizes doubles, beside its FLOPs, table and plot; --write, too
+python scripts/benchmark.py refill     answers of very different lengths in few slots, against all at once; --write, too
 
 --only=<part of a row's name> measures just those rows: recipes --only=dr_grpo, kernels --only=policy_gate.
 """
@@ -56,7 +57,7 @@ def main(arguments: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     compared, tabulated = {"replicas": replicas, "programs": programs, "recipes": recipes}, {
         "kernels": kernels, "prefix": prefix, "load": load, "memory": memory, "collectives": collectives, "step": step,
-        "rollout": rollout, "scaling": scaling}
+        "rollout": rollout, "scaling": scaling, "refill": refill}
     if len(arguments) != 2 or arguments[1] not in compared | tabulated:
         names = ",".join(compared | tabulated)
         sys.exit(f"usage: benchmark.py {{{names}}} [--only=] [--repeats=] [--check] [--write]")
@@ -303,6 +304,15 @@ def scaling():
     import benchmark_scaling
 
     return benchmark_scaling.tables(benchmark_scaling.BASE, alternating, _wanted, plot=_WRITE.value)
+
+
+def refill():
+    """Tokens per second of answers in few slots against all at once (`benchmark_refill`)."""
+    import benchmark_refill
+
+    from kernels_pallas import dispatch
+
+    return benchmark_refill.tables(benchmark_refill.SIZES[dispatch.platform()], alternating, _wanted)
 
 
 if __name__ == "__main__":

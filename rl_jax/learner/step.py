@@ -95,7 +95,7 @@ def make_pieces(recipe: Recipe, task: tasks.Task, network: Network, optimiser: o
                          "give a positive one (1.0 samples the policy itself).")
     ask = asking.make_ask(recipe, network, verdict, completion_length=task.completion_length,
                           stop_ids=task.tokenizer.stop_ids, pad_id=task.tokenizer.pad_id, axis=axis,
-                          quantise=quantise)
+                          quantise=quantise, slots=batching.slots)
     policy_of = evaluate.make_evaluate(network, temperature)
     objective = evaluate.make_objective(recipe, network, temperature)
     replay = 0 if recipe.rollout is None else recipe.rollout.replay

@@ -64,8 +64,8 @@ class Network:
         return self.module(parameters).prefill(prompts)
 
     def decode(self, parameters: Parameters, prompt_cache: Any, cache: Any, token: Int[Array, " P"],
-               lengths: Int[Array, " P"],
-               now: Int[Array, ""], table: Turns) -> tuple[Float[Array, "P D"], Any, Int[Array, "P L k"] | None]:
+               lengths: Int[Array, " P"], now: Int[Array, ""] | Int[Array, " P"],
+               table: Turns) -> tuple[Float[Array, "P D"], Any, Int[Array, "P L k"] | None]:
         """One decode step (`Transformer.decode`)."""
         return self.module(parameters).decode(prompt_cache, cache, token, lengths, now, table)
 
@@ -76,6 +76,10 @@ class Network:
     def empty_cache(self, parameters: Parameters, rows: int, length: int) -> Any:
         """Room for a completion's keys and values (`Transformer.empty_cache`)."""
         return self.module(parameters).empty_cache(rows, length)
+
+    def rows_of_cache(self, cache: Any, rows: Int[Array, " B"]) -> Any:
+        """A copy of some rows of a cache, which may be given more than once (`Transformer.empty_cache`)."""
+        return jax.tree.map(lambda a: jnp.take(a, rows, axis=1 if self.shape.scan_layers else 0), cache)
 
     def vocabulary(self, parameters: Parameters) -> Float[Array, "V D"]:
         """The head matrix (`Transformer.vocabulary`)."""

@@ -108,7 +108,8 @@ class Transformer(nnx.Module):
         return (one,) * shape.layers, (one,) * shape.layers
 
     def decode(self, prompt_cache: Any, cache: Any, token: Int[Array, " P"], lengths: Int[Array, " P"],
-               now: Int[Array, ""], table: Turns) -> tuple[Float[Array, "P D"], Any, Int[Array, "P L k"] | None]:
+               now: Int[Array, ""] | Int[Array, " P"],
+               table: Turns) -> tuple[Float[Array, "P D"], Any, Int[Array, "P L k"] | None]:
         """One step of one sample per prompt: the hidden state that token `now` is drawn from.
 
         Args:
@@ -116,7 +117,7 @@ class Transformer(nnx.Module):
           cache: this sample's own, from `empty_cache`; returned with position `now` written.
           token: fed now: the last prompt token at now = 0, then the token drawn before.
           lengths: of the prompts, in tokens.
-          now: the completion position, from 0.
+          now: the completion position, from 0; one for all, or one of each row.
           table: `turns` of all positions that there are, made once, before the first step.
 
         Returns:
@@ -128,8 +129,7 @@ class Transformer(nnx.Module):
             x, cache = carry
             q, k, v = block.heads(x, of_tokens)
             keys, values = _read(cache, index)
-            keys = jax.lax.dynamic_update_slice_in_dim(keys, k[:, :, None], now, 2)
-            values = jax.lax.dynamic_update_slice_in_dim(values, v[:, :, None], now, 2)
+            keys, values = _put(keys, k, now), _put(values, v, now)
             own = Cache(keys, values, jnp.full_like(lengths, now + 1))
             attended = attention.one_query(q, own, Cache(*_read(prompt_cache, index), lengths - 1), block.options)
             x, chosen = block.finish(x, attended.reshape(x.shape[0], -1))
@@ -200,6 +200,14 @@ def _prompt_layer(block: Block, x: Float[Array, "M D"], prompts: int, of_prompts
     attended = attention.prompt(q, k, v, block.options)
     x, chosen = block.finish(x, attended.reshape(rows, -1), chosen)
     return x, (k, v), chosen
+
+
+def _put(cache: Float[Array, "P K T E"], new: Float[Array, "P K E"], now: Int[Array, "..."]) -> Float[Array, "P K T E"]:
+    """The cache with `new` at position `now`, one for all rows or one of each."""
+    if now.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(cache, new[:, :, None], now, 2)
+    return cache.at[jnp.arange(cache.shape[0]), :, now].set(
+        new, mode="promise_in_bounds", unique_indices=True, indices_are_sorted=True)
 
 
 def _read(cache: Any, index: Any) -> tuple[Array, Array]:
