@@ -8,7 +8,9 @@ python scripts/benchmark.py prefix     a step on one copy of each prompt, agains
 python scripts/benchmark.py load       seconds and memory of loading a published checkpoint of 2 GB; --write, too
 python scripts/benchmark.py memory     what training Qwen3-4B's shapes holds: all weights, or adapters; --write, too
 python scripts/benchmark.py collectives  what devices compute and exchange as the mesh grows, table and plot; --write, too
+python scripts/benchmark.py peers      a step beside trl's and tunix's on the same work, in turns; --write, too
 
+peers makes an environment for each peer (minutes, once); --environments=<folder with trl and tunix> takes what is there.
 --only=<part of a row's name> measures just those rows: recipes --only=dr_grpo, kernels --only=policy_gate.
 """
 # workers of a host verifier import this file: heavy imports stay inside the functions
@@ -24,7 +26,9 @@ from absl import app, flags, logging
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements per row; the median is printed.", lower_bound=1)
 _ONLY = flags.DEFINE_string("only", "", "Measure the rows whose names hold this.")
-_WRITE = flags.DEFINE_bool("write", False, "Replace the table in BENCHMARKS.md (kernels, prefix, load, memory, collectives).")
+_WRITE = flags.DEFINE_bool("write", False, "Replace the table in BENCHMARKS.md (kernels, prefix, load, memory, collectives, "
+                          "peers).")
+_ENVIRONMENTS = flags.DEFINE_string("environments", "", "peers: a folder with environments `trl` and `tunix`, used as they are.")
 _CHECK = flags.DEFINE_bool("check", False, "Exit with 1 if a row misses its target.")
 
 
@@ -52,7 +56,8 @@ def main(arguments: list[str]) -> None:
 
     logging.set_verbosity(logging.WARNING)
     compared, tabulated = {"replicas": replicas, "programs": programs, "recipes": recipes}, {
-        "kernels": kernels, "prefix": prefix, "load": load, "memory": memory, "collectives": collectives}
+        "kernels": kernels, "prefix": prefix, "load": load, "memory": memory, "collectives": collectives,
+        "peers": peers}
     if len(arguments) != 2 or arguments[1] not in compared | tabulated:
         names = ",".join(compared | tabulated)
         sys.exit(f"usage: benchmark.py {{{names}}} [--only=] [--repeats=] [--check] [--write]")
@@ -278,6 +283,13 @@ def collectives():
     import benchmark_collectives
 
     return benchmark_collectives.tables(_wanted, plot=_WRITE.value)
+
+
+def peers():
+    """A step beside those of trl and tunix (`benchmark_peers`)."""
+    import benchmark_peers
+
+    return benchmark_peers.tables(_wanted, _REPEATS.value, _ENVIRONMENTS.value)
 
 
 if __name__ == "__main__":
