@@ -21,8 +21,9 @@ from configs.benchmark import shared_toy  # noqa: E402
 from rl_jax import experiment, sections  # noqa: E402
 
 OURS = "rl_jax"
-WARM_UP = 2  # turns that are not measured: the first compiles, and JAX may compile again for the second
+WARM_UP = 2  # turns of a step that are not measured: the first compiles, and JAX may compile again for the second
 UPDATES_TO_LEARN, MEAN_OF = 20, 5  # from so many updates on, the last few rewards must lie above the first few
+STEPS_TO_CHOOSE = 3  # at most, with each number of threads
 STEPS_PER_TURN = {"first": 5, "tiny": 10, "vocabulary": 1}
 
 
@@ -45,9 +46,10 @@ class Measured:
 
     Attributes:
       step_s: seconds per step, of each turn.
-      start_s, first_s: seconds until the first step could begin, and of the first turn, which compiles.
+      start_s, first_s: seconds of building the work, and of the first turn, which compiles.
       peak_bytes: memory that the process held at most.
       updates: that were made in all.
+      threads: with which the side was fastest; 0 where it has no choice.
     """
 
     step_s: tuple[float, ...]
@@ -55,6 +57,7 @@ class Measured:
     first_s: float
     peak_bytes: float
     updates: int
+    threads: int = 0
 
     @property
     def median_s(self) -> float:
@@ -146,17 +149,28 @@ def measured(sides: Mapping[str, turns.Side], work: Mapping[str, Any], steps: in
       ValueError: if a side did other work than the work given.
     """
     said: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
-    for turn in range(WARM_UP + repeats):
+    threads = {name: side.built["threads"][-1] for name, side in sides.items()}
+
+    def turn(name: str, steps: int, threads: int) -> float:
+        told = sides[name].turn(steps, threads)
+        check_turn(name, work, told)
+        said[name].append(told)
+        return told["seconds"] / told["steps"]
+
+    for number in range(WARM_UP + repeats):
         for name, side in sides.items():
-            said[name].append(side.turn(1 if turn < WARM_UP else steps))
-            check_turn(name, work, said[name][-1])
+            if number == WARM_UP and len(side.built["threads"]) > 1:
+                threads[name] = min(side.built["threads"], key=lambda n, name=name: turn(name, min(steps, STEPS_TO_CHOOSE), n))
+            turn(name, steps if number >= WARM_UP else 1, threads[name])
             done(name)
-    built = {name: side.built for name, side in sides.items()}
-    check_sides(built, said)
-    return {name: Measured(step_s=tuple(one["seconds"] / one["steps"] for one in told[WARM_UP:]),
-                           start_s=built[name]["seconds"], first_s=told[0]["seconds"], peak_bytes=told[-1]["peak_bytes"],
-                           updates=sum(one["steps"] for one in told))
-            for name, told in said.items()}
+    check_sides({name: side.built for name, side in sides.items()}, said)
+    return {name: _measured(side.built, said[name], repeats, threads[name]) for name, side in sides.items()}
+
+
+def _measured(built: Mapping[str, Any], told: Sequence[Mapping[str, Any]], repeats: int, threads: int) -> Measured:
+    return Measured(step_s=tuple(one["seconds"] / one["steps"] for one in told[-repeats:]), start_s=built["seconds"],
+                    first_s=told[0]["seconds"], peak_bytes=told[-1]["peak_bytes"],
+                    updates=sum(one["steps"] for one in told), threads=threads)
 
 
 def check_turn(name: str, work: Mapping[str, Any], told: Mapping[str, Any]) -> None:
@@ -200,9 +214,9 @@ def table(found: Mapping[str, Mapping[str, Measured]]) -> benchmark_table.Table:
         ours = sides[OURS]
         for name, one in sides.items():
             target = TARGETS[workload].get(name)
-            numbers = (f"{one.median_s:.4f}", f"{min(one.step_s):.4f} to {max(one.step_s):.4f}")
+            numbers = (f"{one.median_s:.3g}", f"{min(one.step_s):.3g} to {max(one.step_s):.3g}")
             rest = (f"{one.peak_bytes / turns.MIB:,.0f}",)
-            ends = (f"{one.first_s:.1f}", f"{one.start_s:.1f}", str(one.updates))
+            ends = (f"{one.first_s:.1f}", f"{one.start_s:.1f}", str(one.updates), str(one.threads or "default"))
             if target is None:
                 rows.append((workload, name, *numbers, "", "", *rest, "", "", *ends))
                 continue
@@ -212,7 +226,7 @@ def table(found: Mapping[str, Mapping[str, Measured]]) -> benchmark_table.Table:
                          f"{share:.2f}x", bound, *ends))
             missed += _missed(f"{workload}, {name}", target, speed, share)
     columns = ("workload", "side", "s a step", "least to most", "of rl_jax's", "target", "peak, MiB", "rl_jax's of it", "target",
-               "first turn, s", "start, s", "updates")
+               "first turn, s", "start, s", "updates", "threads")
     return benchmark_table.Table(_caption(found), columns, tuple(rows), words=2, missed=tuple(missed))
 
 
@@ -230,7 +244,7 @@ def _caption(found: Mapping[str, Mapping[str, Measured]]) -> str:
     versions = "; ".join(f"{peer}: " + ", ".join(f"{name} {version}" for name, version in environment.pins(peer).items())
                          for peer in environment.PYTHONS)
     return (f"{benchmark_table.circumstances()}; {versions}. GRPO with a reference, the same architecture, prompts, sizes and "
-            f"optimiser (`configs/benchmark/shared_toy.py`), float32, all on the CPU with default threads. Medians of {turns_made} "
+            f"optimiser (`configs/benchmark/shared_toy.py`), float32, all on the CPU; trl with its default number of threads or with one, whichever was faster. Medians of {turns_made} "
             "turns, which alternate between the three processes; the first turn compiles and is not among them. Memory is the "
             "most that each process held. Checked: the tokens of every step, equal numbers of parameters, weights that moved in "
             f"every turn, and {learned}.")

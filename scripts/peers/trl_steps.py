@@ -7,7 +7,9 @@ What was chosen, and why:
 - loss_type="grpo", beta and the clip of the work; the reference is a second copy of the first weights, as trl makes it.
 - float32 without gradient checkpointing: both would only cost time at this size. Attention is torch's fused one.
 - transformers' AdamW, fused, with the work's numbers; the rate is constant.
-- No logging, no saving, no progress bar. Threads are torch's default.
+- No logging, no saving, no progress bar.
+- Threads are torch's default or one, as the benchmark asks: where arrays are small or cores are busy, threads that wait for each
+  other can cost many times what they save.
 - The tokenizer has the ids as words, and its end and padding lie behind the vocabulary: no answer ends early, so that
   min_new_tokens, and its pass over the logits at each token, is not needed.
 - The reward reads the ids that trl hands it.
@@ -45,13 +47,16 @@ class Turns(transformers.TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **_):
         """Waits for the first step."""
-        wanted = self._pace.built(sum(p.numel() for p in model.parameters() if p.requires_grad), some(model))
-        control.should_training_stop = not wanted
-        return control
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return self._go_on(control, self._pace.built(parameters, some(model), sorted({torch.get_num_threads(), 1})))
 
     def on_step_end(self, args, state, control, model=None, **_):
         """Waits for the next."""
-        control.should_training_stop = not self._pace.made(self._tokens, [self._reward], lambda: some(model))
+        return self._go_on(control, self._pace.made(self._tokens, [self._reward], lambda: some(model)))
+
+    def _go_on(self, control, wanted):
+        control.should_training_stop = not wanted
+        torch.set_num_threads(self._pace.threads or 1)
         return control
 
 

@@ -1,7 +1,8 @@
 """Both ends of the talk between a benchmark and its sides: processes that make training steps only when it is their turn.
 
 A line of JSON each way. The benchmark begins with the work; the side answers with what it has built. Then the benchmark says
-how many steps it wants, and the side makes at least as many and says what they were. No more input is the end.
+how many steps it wants, and with how many threads, and the side makes at least as many and says what they were. No more input
+is the end.
 """
 import json
 import os
@@ -17,26 +18,33 @@ MIB = 2**20
 
 
 class Pace:
-    """A side's end: what its loop calls between two steps. Whatever else prints, prints to standard error."""
+    """A side's end: what its loop calls between two steps. Whatever else prints, prints to standard error.
+
+    Attributes:
+      work: what the benchmark wants built.
+      threads: that the next step is to be made with; one of those named in `built`.
+    """
 
     def __init__(self):
         self._answers = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
         self.work = json.loads(sys.stdin.readline())
         self._began = time.perf_counter()
-        self._asked, self._made = 0, {"steps": 0, "tokens": 0, "rewards": []}
+        self.threads, self._asked, self._made = 0, 0, {"steps": 0, "tokens": 0, "rewards": []}
 
-    def built(self, parameters: int, weights: Sequence[float]) -> bool:
+    def built(self, parameters: int, weights: Sequence[float], threads: Sequence[int] = (0,)) -> bool:
         """Says that the first step can begin, and waits until it is asked for.
 
         Args:
           parameters: numbers that are trained.
           weights: some of them.
+          threads: numbers of threads that may be asked for; (0,) where that is not for the side to choose.
 
         Returns:
           Whether a step is wanted.
         """
-        return self._say({"parameters": parameters, "weights": list(weights), "seconds": self._since()})
+        return self._say({"parameters": parameters, "weights": list(weights), "threads": list(threads),
+                          "seconds": self._since()})
 
     def made(self, tokens: int, rewards: Sequence[float], weights: Callable[[], Sequence[float]]) -> bool:
         """Counts what was done since the last call; when all that was asked for is done, says so and waits.
@@ -59,7 +67,8 @@ class Pace:
 
     def _say(self, answer: dict[str, Any]) -> bool:
         self._answers.write(json.dumps(answer) + "\n")
-        self._asked, self._made = int(sys.stdin.readline() or 0), {"steps": 0, "tokens": 0, "rewards": []}
+        self._asked, self.threads = json.loads(sys.stdin.readline() or "[0, 0]")
+        self._made = {"steps": 0, "tokens": 0, "rewards": []}
         self._began = time.perf_counter()
         return self._asked > 0
 
@@ -95,16 +104,17 @@ class Side:
             self.__exit__()
             raise
 
-    def turn(self, steps: int) -> dict[str, Any]:
+    def turn(self, steps: int, threads: int = 0) -> dict[str, Any]:
         """What the side says of its next steps.
 
         Args:
           steps: at least so many are made; a side that makes several per dispatch may make more.
+          threads: one of `built["threads"]`.
 
         Raises:
           RuntimeError: with the last lines that the process wrote, if it ended.
         """
-        return self._ask(steps)
+        return self._ask([steps, threads])
 
     def _ask(self, question: Any) -> dict[str, Any]:
         try:
