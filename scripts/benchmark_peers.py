@@ -127,7 +127,7 @@ def started(config: Mapping[str, Any], pythons: Mapping[str, pathlib.Path],
         sides = {}
         for name, python in {OURS: pathlib.Path(sys.executable), **pythons}.items():
             ours = name == OURS
-            variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT) if ours else ""}
+            variables = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT) if ours else ""}
             command = (str(python), str(ROOT / "scripts" / "peers" / f"{name}_steps.py"))
             sides[name] = stack.enter_context(turns.Side(name, command, config if ours else work, variables))
             done(name)
