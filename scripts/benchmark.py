@@ -28,7 +28,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements per row; the median 
 _ONLY = flags.DEFINE_string("only", "", "Measure the rows whose names hold this.")
 _WRITE = flags.DEFINE_bool("write", False, "Replace the table in BENCHMARKS.md (kernels, prefix, load, memory, collectives, "
                           "peers).")
-_ENVIRONMENTS = flags.DEFINE_string("environments", "", "peers: a folder with environments `trl` and `tunix`, used as they are.")
+_ENVIRONMENTS = flags.DEFINE_string("environments", "", "peers: a folder with environments trl and tunix, used as they are.")
 _CHECK = flags.DEFINE_bool("check", False, "Exit with 1 if a row misses its target.")
 
 

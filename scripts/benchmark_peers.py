@@ -21,6 +21,7 @@ from configs.benchmark import shared_toy  # noqa: E402
 from rl_jax import experiment, sections  # noqa: E402
 
 OURS = "rl_jax"
+QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
 WARM_UP = 2  # turns of a step that are not measured: the first compiles, and JAX may compile again for the second
 UPDATES_TO_LEARN, MEAN_OF = 20, 5  # from so many updates on, the last few rewards must lie above the first few
 STEPS_TO_CHOOSE = 3  # at most, with each number of threads
@@ -103,9 +104,9 @@ def work_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     parsed = experiment.parse(config)
     shape, optimiser, recipe = vars(parsed.shape), vars(parsed.phases[-1].optimiser), config["recipe"]["args"]
-    names = ("vocabulary", "width", "layers", "heads", "key_heads", "head_size", "inner", "rotary_base", "norm_epsilon")
-    return {**{name: shape[name] for name in names},
-            **{name: optimiser[name] for name in ("learning_rate", "beta1", "beta2", "epsilon", "weight_decay", "clip_norm")},
+    sizes = ("vocabulary", "width", "layers", "heads", "key_heads", "head_size", "inner", "rotary_base", "norm_epsilon")
+    rates = ("learning_rate", "beta1", "beta2", "epsilon", "weight_decay", "clip_norm")
+    return {**{name: shape[name] for name in sizes}, **{name: optimiser[name] for name in rates},
             **{name: recipe[name] for name in ("group_size", "beta", "clip")},
             "prompts_per_step": config["scale"]["prompts_per_step"], "prompt_length": parsed.task.prompt_length,
             "completion_length": parsed.task.completion_length,
@@ -127,7 +128,7 @@ def started(config: Mapping[str, Any], pythons: Mapping[str, pathlib.Path],
         sides = {}
         for name, python in {OURS: pathlib.Path(sys.executable), **pythons}.items():
             ours = name == OURS
-            variables = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT) if ours else ""}
+            variables = {**QUIET, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT) if ours else ""}
             command = (str(python), str(ROOT / "scripts" / "peers" / f"{name}_steps.py"))
             sides[name] = stack.enter_context(turns.Side(name, command, config if ours else work, variables))
             done(name)
@@ -160,7 +161,8 @@ def measured(sides: Mapping[str, turns.Side], work: Mapping[str, Any], steps: in
     for number in range(WARM_UP + repeats):
         for name, side in sides.items():
             if number == WARM_UP and len(side.built["threads"]) > 1:
-                threads[name] = min(side.built["threads"], key=lambda n, name=name: turn(name, min(steps, STEPS_TO_CHOOSE), n))
+                threads[name] = min(side.built["threads"],
+                                    key=lambda n, name=name: turn(name, min(steps, STEPS_TO_CHOOSE), n))
             turn(name, steps if number >= WARM_UP else 1, threads[name])
             done(name)
     check_sides({name: side.built for name, side in sides.items()}, said)
@@ -181,7 +183,8 @@ def check_turn(name: str, work: Mapping[str, Any], told: Mapping[str, Any]) -> N
     """
     each = work["prompts_per_step"] * work["group_size"] * work["completion_length"]
     if told["tokens"] != each * told["steps"]:
-        raise ValueError(f"{name} generated {told['tokens']:,} tokens in {told['steps']} steps; the work is {each:,} a step.")
+        raise ValueError(f"{name} generated {told['tokens']:,} tokens in {told['steps']} steps; the work is {each:,} a "
+                         "step.")
 
 
 def check_sides(built: Mapping[str, Mapping[str, Any]], said: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -203,8 +206,8 @@ def check_sides(built: Mapping[str, Mapping[str, Any]], said: Mapping[str, Seque
         rewards = [reward for one in told for reward in one["rewards"]]
         first, last = statistics.fmean(rewards[:MEAN_OF]), statistics.fmean(rewards[-MEAN_OF:])
         if len(rewards) >= UPDATES_TO_LEARN and last <= first:
-            raise ValueError(f"{name} learned nothing in {len(rewards)} updates: the mean reward was {first:.4f} in the first "
-                             f"{MEAN_OF} and {last:.4f} in the last.")
+            raise ValueError(f"{name} learned nothing in {len(rewards)} updates: the mean reward was {first:.4f} in the "
+                             f"first {MEAN_OF} and {last:.4f} in the last.")
 
 
 def table(found: Mapping[str, Mapping[str, Measured]]) -> benchmark_table.Table:
@@ -222,11 +225,11 @@ def table(found: Mapping[str, Mapping[str, Measured]]) -> benchmark_table.Table:
                 continue
             speed, share = one.median_s / ours.median_s, ours.peak_bytes / one.peak_bytes
             bound = "" if target.memory is None else f"at most {target.memory:g}x"
-            rows.append((workload, f"{name} {environment.version(name)}", *numbers, f"{speed:.2f}x", f"{target.speed:g}x", *rest,
-                         f"{share:.2f}x", bound, *ends))
+            rows.append((workload, f"{name} {environment.version(name)}", *numbers, f"{speed:.2f}x", f"{target.speed:g}x",
+                         *rest, f"{share:.2f}x", bound, *ends))
             missed += _missed(f"{workload}, {name}", target, speed, share)
-    columns = ("workload", "side", "s a step", "least to most", "of rl_jax's", "target", "peak, MiB", "rl_jax's of it", "target",
-               "first turn, s", "start, s", "updates", "threads")
+    columns = ("workload", "side", "s a step", "least to most", "of rl_jax's", "target", "peak, MiB", "rl_jax's of it",
+               "target", "first turn, s", "start, s", "updates", "threads")
     return benchmark_table.Table(_caption(found), columns, tuple(rows), words=2, missed=tuple(missed))
 
 
@@ -243,8 +246,9 @@ def _caption(found: Mapping[str, Mapping[str, Measured]]) -> str:
     turns_made = len(next(iter(next(iter(found.values())).values())).step_s)
     versions = "; ".join(f"{peer}: " + ", ".join(f"{name} {version}" for name, version in environment.pins(peer).items())
                          for peer in environment.PYTHONS)
-    return (f"{benchmark_table.circumstances()}; {versions}. GRPO with a reference, the same architecture, prompts, sizes and "
-            f"optimiser (`configs/benchmark/shared_toy.py`), float32, all on the CPU; trl with its default number of threads or with one, whichever was faster. Medians of {turns_made} "
-            "turns, which alternate between the three processes; the first turn compiles and is not among them. Memory is the "
-            "most that each process held. Checked: the tokens of every step, equal numbers of parameters, weights that moved in "
-            f"every turn, and {learned}.")
+    return (f"{benchmark_table.circumstances()}; {versions}. GRPO with a reference, the same architecture, prompts, sizes "
+            "and optimiser (`configs/benchmark/shared_toy.py`), float32, all on the CPU; trl with its default number of "
+            f"threads or with one, whichever was faster. Medians of {turns_made} turns, which alternate between the three "
+            "processes; the first turn compiles and is not among them. Memory is the most that each process held. Checked: "
+            "the tokens of every step, equal numbers of parameters, weights that moved in every turn, and "
+            f"{learned}.")

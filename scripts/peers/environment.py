@@ -67,11 +67,11 @@ def _is_made(peer: str, folder: pathlib.Path) -> bool:
 
 
 def _make(peer: str, folder: pathlib.Path) -> None:
-    found = subprocess.run(["bash", "-c", 'source scripts/environment.sh && find_python "$@"', "bash", *PYTHONS[peer]], cwd=ROOT,
-                           capture_output=True, text=True, check=False).stdout.strip()
+    find = ["bash", "-c", 'source scripts/environment.sh && find_python "$@"', "bash", *PYTHONS[peer]]
+    found = subprocess.run(find, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     if not found:
-        raise RuntimeError(f"{peer} needs Python {' or '.join(PYTHONS[peer])}, and none was found on the path or among pyenv's "
-                           f"versions: install one (pyenv install {PYTHONS[peer][0]}).")
+        raise RuntimeError(f"{peer} needs Python {' or '.join(PYTHONS[peer])}, and none was found on the path or among "
+                           f"pyenv's versions: install one (pyenv install {PYTHONS[peer][0]}).")
     python, file = folder / "bin" / "python", requirements(peer)
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", file]
     for command in ([found, "-m", "venv", "--clear", folder], install):

@@ -8,16 +8,13 @@ What was chosen, and why:
 - float32 without gradient checkpointing: both would only cost time at this size. Attention is torch's fused one.
 - transformers' AdamW, fused, with the work's numbers; the rate is constant.
 - No logging, no saving, no progress bar.
-- Threads are torch's default or one, as the benchmark asks: where arrays are small or cores are busy, threads that wait for each
-  other can cost many times what they save.
+- Threads are torch's default or one, as the benchmark asks: where arrays are small or cores are busy, threads that wait for
+  each other can cost many times what they save.
 - The tokenizer has the ids as words, and its end and padding lie behind the vocabulary: no answer ends early, so that
   min_new_tokens, and its pass over the logits at each token, is not needed.
 - The reward reads the ids that trl hands it.
 """
-import os
 import tempfile
-
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error")
 
 import datasets
 import tokenizers

@@ -14,10 +14,6 @@ What was chosen, and why:
 - The tokenizer has the ids as words, and its end and padding lie behind the vocabulary: no answer ends early.
 - The reward reads the text that tunix hands it; every word is an id.
 """
-import os
-
-os.environ.update(HF_HUB_OFFLINE="1", JAX_PLATFORMS="cpu", TF_CPP_MIN_LOG_LEVEL="2")
-
 from collections.abc import Iterator
 
 import jax
@@ -134,9 +130,9 @@ def main() -> None:
     pace = turns.Pace()
     cluster = cluster_of(pace.work)
     own = Turns(pace, cluster)
-    learner = grpo_learner.GRPOLearner(cluster, grpo_learner.GRPOConfig(
-        num_generations=pace.work["group_size"], num_iterations=1, beta=pace.work["beta"], epsilon=pace.work["clip"]), own.score)
-    learner.train(own.batches())
+    numbers = grpo_learner.GRPOConfig(num_generations=pace.work["group_size"], num_iterations=1, beta=pace.work["beta"],
+                                      epsilon=pace.work["clip"])
+    grpo_learner.GRPOLearner(cluster, numbers, own.score).train(own.batches())
 
 
 if __name__ == "__main__":

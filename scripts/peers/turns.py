@@ -1,8 +1,8 @@
 """Both ends of the talk between a benchmark and its sides: processes that make training steps only when it is their turn.
 
 A line of JSON each way. The benchmark begins with the work; the side answers with what it has built. Then the benchmark says
-how many steps it wants, and with how many threads, and the side makes at least as many and says what they were. No more input
-is the end.
+how many steps it wants, and with how many threads, and the side makes at least as many and says what they were. No more
+input is the end.
 """
 import json
 import os
