@@ -8,6 +8,10 @@ from kernels_pallas import dispatch
 # E = 32 (one tile): 0.30 ms, before 0.81. P = G = 8, S = T = 512, H = 8, K = 4, E = 64: 17 ms, before 27; one softmax
 # over caches [.., K, T, E]: 33. Tiles of 32, 64 and 128 gave 18, 16 and 22 ms of wall time there.
 TILE_ON_CPU = 64
+# A tile is taken for all sequences at once where at least one in so many sees it. Measured there, other processes running,
+# in processor time: lengths of a long tail in 32 caches of 512, K = 4, E = 32: 0.98 ms for all at once, 0.37, 0.46 and 0.68
+# with 2, 4 and 8; where all lengths are 300, 0.93 and 0.87.
+SHARE_ON_CPU = 2
 
 # Not measured on a GPU. A program holds 64 query rows at most, so that the sums of a head of 128 are 64 float32 per
 # thread; a tile of keys and one of values are 32 KiB together in bfloat16; there are enough programs for two on each
@@ -47,8 +51,10 @@ class Blocks(NamedTuple):
 
 
 def best(head_size: int) -> str:
-    """The kernel on an accelerator that takes the head size; on a CPU, measured, "xla"."""
-    return "pallas" if dispatch.platform() != "cpu" and refused(head_size) is None else "xla"
+    """The kernel on an accelerator that takes the head size, else "xla"; on a CPU, measured, "ragged"."""
+    if dispatch.platform() == "cpu":
+        return "ragged"
+    return "pallas" if refused(head_size) is None else "xla"
 
 
 def refused(head_size: int) -> str | None:

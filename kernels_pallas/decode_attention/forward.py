@@ -78,9 +78,33 @@ def tiled(query: Float[Array, "*B K M E"], cache: Cache, first: First = None, op
     """
     size = cache.key.shape[-2]
     tile = blocks.tile_on_cpu(size)
-    visible = reference.seen(cache)
     if tile == size:
-        return _tile(query, cache.key, cache.value, _by_row(visible, first, 0), options)
+        return _tile(query, cache.key, cache.value, _by_row(reference.seen(cache), first, 0), options)
+    return _over_tiles(query, cache, first, (*_tiles(cache, first, tile), tile), options)
+
+
+def ragged(query: Float[Array, "*B K M E"], cache: Cache, first: First = None, options: Options = Options()) -> Sums:
+    """`tiled`, but tiles that few sequences see are taken for those alone, one after the other.
+
+    What it does follows the sum of the lengths where `tiled` follows the longest. Not for caches that a mesh cuts.
+    """
+    size = cache.key.shape[-2]
+    tile = blocks.tile_on_cpu(size)
+    if first is not None or tile == size or cache.lengths.size == 1:
+        return tiled(query, cache, first, options)
+    shared = _shared_tiles(cache.lengths, size, tile)
+    sums = _over_tiles(query, cache, None, (0, shared, tile), options)
+    return _longer_ones(query, cache, sums, (shared, tile), options)
+
+
+def _over_tiles(query: Float[Array, "*B K M E"], cache: Cache, first: First, place: tuple, options: Options) -> Sums:
+    """The sums over some tiles, for all sequences at once.
+
+    Args:
+      place: the first tile, that behind the last, and the positions of a tile.
+    """
+    low, high, tile = place
+    size, visible = cache.key.shape[-2], reference.seen(cache)
 
     def at(i: int | Int[Array, ""]) -> Sums:
         start = jnp.minimum(i * tile, size - tile)
@@ -91,7 +115,48 @@ def tiled(query: Float[Array, "*B K M E"], cache: Cache, first: First = None, op
 
     column = lambda value: jax.lax.full_like(query, value, jnp.float32, (*query.shape[:-1], 1))
     nothing = Sums(jax.lax.full_like(query, 0, jnp.float32), column(NEVER / 2), column(0))
-    return jax.lax.fori_loop(*_tiles(cache, first, tile), lambda i, sums: merged(sums, at(i)), nothing)
+    return jax.lax.fori_loop(low, high, lambda i, sums: merged(sums, at(i)), nothing)
+
+
+def _shared_tiles(lengths: Int[Array, "*B"], size: int, tile: int) -> Int[Array, ""]:
+    """How many tiles are seen by at least 1 / SHARE_ON_CPU of the sequences."""
+    tiles = (jnp.minimum(lengths, size).reshape(-1) + tile - 1) // tile
+    return jnp.sort(tiles, descending=True)[(tiles.size - 1) // blocks.SHARE_ON_CPU]
+
+
+def _longer_ones(query: Float[Array, "*B K M E"], cache: Cache, sums: Sums, place: tuple, options: Options) -> Sums:
+    """The sums with the tiles behind the shared ones, of the sequences that have any, one sequence after the other.
+
+    Args:
+      place: how many tiles are shared, and the positions of a tile.
+    """
+    shared, tile = place
+    batch, size = cache.lengths.shape, cache.key.shape[-2]
+    lengths = jnp.minimum(cache.lengths, size).reshape(-1)
+    tiles = (lengths + tile - 1) // tile
+    order = jnp.argsort(tiles <= shared, stable=True)
+
+    def of(a: Array, index: tuple, start: int | Array, length: int) -> Array:
+        """Rows start, start + 1, ... of one sequence of [*B, K, J, E]."""
+        at = (*index, 0, start, 0)
+        return jax.lax.dynamic_slice(a, at, (*[1] * len(index), a.shape[-3], length, a.shape[-1]))
+
+    def one(n: Int[Array, ""], sums: Sums) -> Sums:
+        index, length = jnp.unravel_index(order[n], batch), lengths[order[n]]
+        asked = of(query, index, 0, query.shape[-2])
+
+        def add(i: Int[Array, ""], own: Sums) -> Sums:
+            start = jnp.minimum(i * tile, size - tile)
+            position = start + jnp.arange(tile)
+            seen = jnp.broadcast_to((position >= i * tile) & (position < length), (*[1] * len(batch), 1, 1, tile))
+            return merged(own, _tile(asked, of(cache.key, index, start, tile), of(cache.value, index, start, tile), seen,
+                                     options))
+
+        own = Sums(*(of(a, index, 0, a.shape[-2]) for a in sums))
+        own = jax.lax.fori_loop(shared, tiles[order[n]], add, own)
+        return Sums(*(jax.lax.dynamic_update_slice(a, b, (*index, 0, 0, 0)) for a, b in zip(sums, own, strict=True)))
+
+    return jax.lax.fori_loop(0, (tiles > shared).sum(), one, sums)
 
 
 def _tiles(cache: Cache, first: First, tile: int) -> tuple[int | Int[Array, ""], Int[Array, ""]]:

@@ -10,7 +10,7 @@ from kernels_pallas.decode_attention import backward, blocks, forward, kernel, r
 from kernels_pallas.decode_attention.reference import Cache
 from kernels_pallas.prefix_attention.visibility import Options
 
-SUMS = {"xla": forward.tiled, "pallas": kernel.sums}
+SUMS = {"xla": forward.tiled, "ragged": forward.ragged, "pallas": kernel.sums}
 
 
 def decode_attention(query: Float[Array, "*G P H E"], own: Cache, prompt: Cache, *,
@@ -29,8 +29,8 @@ def decode_attention(query: Float[Array, "*G P H E"], own: Cache, prompt: Cache,
       own: the samples' caches; `lengths` [*G, P] count the newest token, which has been written.
       prompt: the prompts' caches, with lengths [P].
       options: plain numbers of the definition, as in `prefix_attention`.
-      implementation: "reference" (one softmax), "xla" (tiles of positions, as far as they are filled), "pallas", or
-        None for the best on this device.
+      implementation: "reference" (one softmax), "xla" (tiles of positions, as far as the longest sequence), "ragged"
+        (tiles, for each sequence as far as its own), "pallas", or None for the best on this device.
 
     Raises:
       ValueError: shapes that do not fit, a scale, cap or window that is not positive, an implementation that does not

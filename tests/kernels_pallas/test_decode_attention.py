@@ -16,7 +16,7 @@ from kernels_pallas.prefix_attention.visibility import Options
 
 WALK = Blocks(heads=2, rows=16, tile=8, splits=1, walk=True)
 CUTS = {"split": Blocks(heads=1, rows=16, tile=16, splits=2, walk=False), "walk": WALK}
-WAYS = ["xla", *CUTS]
+WAYS = ["xla", "ragged", *CUTS]
 OPTIONS = {"plain": Options(), "all options": Options(scale=0.3, soft_cap=1.5, window=9)}
 with_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
@@ -242,7 +242,7 @@ def test_a_vmap_over_samples_is_the_group(implementation, options):
 
 
 @with_options
-@pytest.mark.parametrize("name", ["xla", "pallas"])
+@pytest.mark.parametrize("name", ["xla", "ragged", "pallas"])
 def test_every_nesting_of_vmaps_is_right(name, options):
     """Also those that no rollout has: the prompt's cache mapped, or nothing of a sample but its query or lengths."""
     query, own, prompt = _arrays(e=16)
@@ -285,7 +285,7 @@ def test_inside_a_while_loop_over_replicas(implementation, options):
 
 
 @with_options
-@pytest.mark.parametrize("name", ["reference", "xla"])
+@pytest.mark.parametrize("name", ["reference", "xla", "ragged"])
 def test_inside_shard_map(name, options):
     query, own, prompt = _arrays(s=80, t=70)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -349,7 +349,7 @@ def test_tiles_outside_the_window_do_no_work(implementation, lengths):
     def poisoned(cache, seen):
         tile = CUTS["split"].tile
         worked = np.repeat(seen.reshape(*seen.shape[:-1], -1, tile).any(axis=-1), tile, axis=-1)
-        if implementation == "xla":
+        if implementation in ("xla", "ragged"):
             some = worked.any(axis=tuple(range(worked.ndim - 1)), keepdims=True)
             worked = np.logical_or.accumulate(some, -1) & np.logical_or.accumulate(some[..., ::-1], -1)[..., ::-1]
         poison = lambda a: jnp.where(worked[..., None, :, None], a, jnp.nan)
@@ -369,7 +369,8 @@ def test_a_window_that_hides_nothing_costs_nothing(name):
 
 def test_sums_of_nothing_are_neutral(implementation):
     query, own, prompt = _arrays()
-    sums, q = {"xla": forward.tiled, "pallas": kernel.sums}[implementation], reference.by_key_head(query, 2)
+    sums = {"xla": forward.tiled, "ragged": forward.ragged, "pallas": kernel.sums}[implementation]
+    q = reference.by_key_head(query, 2)
     some = jax.jit(sums)(q, own)
     without = jax.jit(sums)(q, own._replace(lengths=jnp.zeros_like(own.lengths)))
     ahead = jax.jit(functools.partial(sums, options=Options(window=9)))(q, own, jnp.full((3, 2, 2), 21))
