@@ -9,10 +9,11 @@ class Batching:
     Attributes:
       slots: answers that are drawn at once; where one ends, the next takes its slot. 0 draws all at once, until the
         longest has ended.
-      length_buckets: shapes that the learner compiles, of T, T / 2, T / 4, ... completion positions; a batch is cut to
-        the shortest that holds its answers. 1 learns from whole rows.
-      packed_rows: the learner's rows per step, each of several completions of a group behind their shared prompt; 0
-        gives every completion a row of its own.
+      length_buckets: shapes that the learner compiles, of T, T / 2, T / 4, ... completion positions; each micro-batch is
+        cut to the shortest that holds its answers. 1 learns from whole rows. Compile time grows with their number.
+      packed_rows: rows of T positions for each group, in which its answers lie end to end behind their shared prompt; a
+        micro-batch whose answers do not fit is learned from unpacked. 0 gives every answer a row of its own, as do
+        groups that have no more answers than this.
     """
 
     slots: int = 0

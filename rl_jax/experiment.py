@@ -288,6 +288,7 @@ def check(experiment: Experiment) -> None:
              f"config.run.validate_every={run.validate_every}, but task {task.name!r} has no validation split: "
              "give it one, or set validate_every=0.")
     _check_asynchronous(experiment)
+    _check_batching(experiment)
     for index, phase in enumerate(experiment.phases):
         _check_mesh(phase, experiment, f"phase {index + 1} of {len(experiment.phases)} ({phase.recipe.name})")
         _check_phase(phase, run, task, f"phase {index + 1} of {len(experiment.phases)} ({phase.recipe.name})")
@@ -330,6 +331,23 @@ def _check_asynchronous(experiment: Experiment) -> None:
         _require(phase.scale.prompts_per_step % sampler.rows == 0,
                  f"scale.prompts_per_step={phase.scale.prompts_per_step} cannot be cut over the {sampler.rows} devices of the "
                  f"sampler that cut the batch: make it a multiple of {sampler.rows}.")
+
+
+def _check_batching(experiment: Experiment) -> None:
+    batching, phases = experiment.batching, experiment.phases
+    buckets, packed = batching.length_buckets, batching.packed_rows
+    longest, group = experiment.task.completion_length, max(phase.recipe.group_size for phase in phases)
+    most = (longest - 1).bit_length() + 1
+    _require(buckets <= most, f"config.batching.length_buckets={buckets}, and answers of {longest} positions have {most} "
+             f"different lengths of T, T / 2, T / 4, ...: take at most {most}.")
+    _require(packed == 0 or packed < group, f"config.batching.packed_rows={packed} leaves nothing to pack, for the largest "
+             f"group has {group} answers: take fewer rows than that, or 0.")
+    name = f"config.batching.packed_rows={packed}" if packed else f"config.batching.length_buckets={buckets}"
+    seeds = max(phase.scale.seeds for phase in phases)
+    _require((buckets == 1 and packed == 0) or seeds == 1, f"{name}: scale.seeds={seeds} replicas are computed as one, which "
+             "would compute every shape: set length_buckets=1 and packed_rows=0, or seeds=1.")
+    _require(packed == 0 or experiment.mesh.devices == 1, f"{name}: packed rows are learned from on one device: set "
+             "packed_rows=0, or every axis of config.mesh to 1.")
 
 
 def _check_program(phase: Phase, where: str) -> None:
