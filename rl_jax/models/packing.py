@@ -37,7 +37,7 @@ def layout(lengths: Int[Array, "P G"], rows: int, room: int) -> Layout:
         row = has_room.argmax(axis=1)
         here = jnp.arange(rows)[None, :] == row[:, None]
         start = jnp.where(here, used, 0).sum(axis=1)
-        return used + jnp.where(here, length[:, None], 0), (row, start, has_room.any())
+        return used + jnp.where(here, length[:, None], 0), (row, start, has_room.any(axis=1))
 
     nothing = jnp.zeros((lengths.shape[0], rows), lengths.dtype)
     _, (row, start, fits) = jax.lax.scan(place, nothing, jnp.take_along_axis(lengths, order, axis=1).T)
