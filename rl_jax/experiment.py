@@ -334,20 +334,10 @@ def _check_asynchronous(experiment: Experiment) -> None:
 
 
 def _check_batching(experiment: Experiment) -> None:
-    batching, phases = experiment.batching, experiment.phases
-    buckets, packed = batching.length_buckets, batching.packed_rows
-    longest, group = experiment.task.completion_length, max(phase.recipe.group_size for phase in phases)
-    most = (longest - 1).bit_length() + 1
-    _require(buckets <= most, f"config.batching.length_buckets={buckets}, and answers of {longest} positions have {most} "
-             f"different lengths of T, T / 2, T / 4, ...: take at most {most}.")
-    _require(packed == 0 or packed < group, f"config.batching.packed_rows={packed} leaves nothing to pack, for the largest "
-             f"group has {group} answers: take fewer rows than that, or 0.")
-    name = f"config.batching.packed_rows={packed}" if packed else f"config.batching.length_buckets={buckets}"
-    seeds = max(phase.scale.seeds for phase in phases)
-    _require((buckets == 1 and packed == 0) or seeds == 1, f"{name}: scale.seeds={seeds} replicas are computed as one, which "
-             "would compute every shape: set length_buckets=1 and packed_rows=0, or seeds=1.")
-    _require(packed == 0 or experiment.mesh.devices == 1, f"{name}: packed rows are learned from on one device: set "
-             "packed_rows=0, or every axis of config.mesh to 1.")
+    phases = experiment.phases
+    experiment.batching.check(
+        answer_positions=experiment.task.completion_length, devices=experiment.mesh.devices,
+        group_size=max(phase.recipe.group_size for phase in phases), seeds=max(phase.scale.seeds for phase in phases))
 
 
 def _check_program(phase: Phase, where: str) -> None:

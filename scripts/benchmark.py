@@ -5,6 +5,7 @@ python scripts/benchmark.py programs   two programs with the host scoring in bet
 python scripts/benchmark.py recipes    a step of every recipe against a step of baselines.grpo, as many answers in each
 python scripts/benchmark.py kernels    time and memory of every op of kernels_pallas; --write puts it into BENCHMARKS.md
 python scripts/benchmark.py prefix     a step on one copy of each prompt, against a copy per completion; --write, too
+python scripts/benchmark.py lengths    learning from answers of different lengths: whole rows, cut, packed; --write, too
 python scripts/benchmark.py load       seconds and memory of loading a published checkpoint of 2 GB; --write, too
 python scripts/benchmark.py memory     what training Qwen3-4B's shapes holds: all weights, or adapters; --write, too
 python scripts/benchmark.py collectives  what devices compute and exchange as the mesh grows, table and plot; --write, too
@@ -24,7 +25,7 @@ from absl import app, flags, logging
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements per row; the median is printed.", lower_bound=1)
 _ONLY = flags.DEFINE_string("only", "", "Measure the rows whose names hold this.")
-_WRITE = flags.DEFINE_bool("write", False, "Replace the table in BENCHMARKS.md (kernels, prefix, load, memory, collectives).")
+_WRITE = flags.DEFINE_bool("write", False, "Replace the table in BENCHMARKS.md (kernels, prefix, lengths, load, memory, collectives).")
 _CHECK = flags.DEFINE_bool("check", False, "Exit with 1 if a row misses its target.")
 
 
@@ -52,7 +53,7 @@ def main(arguments: list[str]) -> None:
 
     logging.set_verbosity(logging.WARNING)
     compared, tabulated = {"replicas": replicas, "programs": programs, "recipes": recipes}, {
-        "kernels": kernels, "prefix": prefix, "load": load, "memory": memory, "collectives": collectives}
+        "kernels": kernels, "prefix": prefix, "lengths": lengths, "load": load, "memory": memory, "collectives": collectives}
     if len(arguments) != 2 or arguments[1] not in compared | tabulated:
         names = ",".join(compared | tabulated)
         sys.exit(f"usage: benchmark.py {{{names}}} [--only=] [--repeats=] [--check] [--write]")
@@ -257,6 +258,15 @@ def prefix():
     from kernels_pallas import dispatch
 
     return benchmark_prefix.tables(benchmark_prefix.SIZES[dispatch.platform()], alternating, _wanted)
+
+
+def lengths():
+    """Learning from answers of different lengths, in every shape (`benchmark_lengths`)."""
+    import benchmark_lengths
+
+    from kernels_pallas import dispatch
+
+    return benchmark_lengths.tables(benchmark_lengths.SIZES[dispatch.platform()], alternating, _wanted)
 
 
 def load():

@@ -73,7 +73,8 @@ def said(function: Function, batching: Batching) -> Function:
         found = forms(batching, _group_size(x), x.mask.shape[1])
         if len(found) == 1:
             return function(parameters, x)
-        return jax.lax.switch(smallest(found, x), [functools.partial(_said, function, form, parameters, x) for form in found])
+        in_form = [functools.partial(_said, function, form, parameters, x) for form in found]
+        return jax.lax.switch(smallest(found, x), in_form)
 
     return run
 

@@ -80,7 +80,7 @@ def make_objective(recipe: Recipe, evaluate: Evaluate) -> Objective:
 
 
 def make_gradient(recipe: Recipe, evaluate: Evaluate, microbatches: int = 1,
-                  objective: Objective | None = None, *, batching: Batching = Batching()) -> Callable[..., Any]:
+                  objective: Objective | None = None, batching: Batching = Batching()) -> Callable[..., Any]:
     """Returns gradient(parameters, x) -> (gradient, metrics), accumulated over micro-batches.
 
     `microbatches` trades memory for time and changes nothing else: weights are fixed before the
@@ -147,14 +147,14 @@ def cut(tree: Any, parts: int) -> Any:
 
 
 def make_update(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTransformation,
-                microbatches: int = 1, objective: Objective | None = None, *,
+                microbatches: int = 1, objective: Objective | None = None,
                 batching: Batching = Batching()) -> Callable[..., Any]:
     """Returns update(parameters, optimiser_state, x) -> (parameters, optimiser_state, metrics): one optimiser step.
 
     x has been through `assemble.with_advantage`. A gradient that is not finite changes nothing
     and is counted in `gradient/skipped`.
     """
-    gradient_of = make_gradient(recipe, evaluate, microbatches, objective, batching=batching)
+    gradient_of = make_gradient(recipe, evaluate, microbatches, objective, batching)
 
     def update(parameters: Parameters, state: Any, x: Experience) -> tuple[Parameters, Any, Metrics]:
         gradient, metrics = gradient_of(parameters, x)
@@ -177,7 +177,7 @@ def make_update(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTra
 
 
 def make_passes(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTransformation,
-                microbatches: int = 1, objective: Objective | None = None, *,
+                microbatches: int = 1, objective: Objective | None = None,
                 batching: Batching = Batching()) -> Callable[..., Any]:
     """Returns passes(parameters, optimiser_state, x, key): all epochs, minibatches and turns over one batch.
 
@@ -185,7 +185,7 @@ def make_passes(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTra
     are those of the minibatch, the batch of one optimiser step.
     """
     epochs, minibatches = recipe.schedule.epochs, recipe.schedule.minibatches
-    update = make_update(recipe, evaluate, optimiser, microbatches, objective, batching=batching)
+    update = make_update(recipe, evaluate, optimiser, microbatches, objective, batching)
     if recipe.schedule.turns is not None:
         said = functools.partial(in_parts, evaluate, microbatches=microbatches, batching=batching)
         update = make_turns(recipe.schedule.turns, update, said)

@@ -100,7 +100,8 @@ def mixed():
 
 
 OTHERS = {
-    "a critic, two minibatches": lambda: (recipes.replace(ppo.ppo(epochs=1, minibatches=2), rollout=recipes.Rollout(G)), NETWORK),
+    "a critic, two minibatches": lambda: (
+        recipes.replace(ppo.ppo(epochs=1, minibatches=2), rollout=recipes.Rollout(G)), NETWORK),
     "moments": lambda: (recipes.replace(RECIPE, models=("reference", "moments")), NETWORK),
     "experts of the rollout": lambda: (minirl_routing_replay.minirl_routing_replay(G), mixed()),
     "experts of the old policy": lambda: (recipes.replace(RECIPE, routing="old"), mixed()),
