@@ -43,8 +43,7 @@ SIZES["tpu"] = SIZES["gpu"]
 SHAPES = {"whole rows": (Batching(), 1), "3 lengths": (Batching(length_buckets=3), 1),
           "whole rows, a micro-batch per prompt": (Batching(), 0),
           "3 lengths, a micro-batch per prompt": (Batching(length_buckets=3), 0),
-          "packed in 2 rows a group": (Batching(packed_rows=2), 1),
-          "packed in 2 rows a group, a micro-batch per prompt": (Batching(packed_rows=2), 0)}
+          "packed in 2 rows a group": (Batching(packed_rows=2), 1)}
 
 
 def tables(sizes: Sizes, clock: Clock, wanted: Callable[[str], bool]) -> list[benchmark_table.Table]:

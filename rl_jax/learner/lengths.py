@@ -69,10 +69,11 @@ def said(function: Function, batching: Batching) -> Function:
     Args:
       function: its results are arrays with axes N, T.
     """
+    if _in_whole_rows(batching):
+        return function
+
     def run(parameters: Parameters, x: Experience) -> Any:
         found = forms(batching, _group_size(x), x.mask.shape[1])
-        if len(found) == 1:
-            return function(parameters, x)
         in_form = [functools.partial(_said, function, form, parameters, x) for form in found]
         return jax.lax.switch(smallest(found, x), in_form)
 
@@ -84,27 +85,27 @@ def graded(objective: Callable[..., Any], of_packed: Callable[[Function], Callab
     """(parameters, x, weight, share) -> ((loss, metrics), gradient in the parameters), found in the smallest form.
 
     Of the cut batch the loss slot sees as many positions as the form has: that padding changes nothing holds for every
-    recipe. Of packed answers it sees whole rows. Where there is a choice, the metric "batch/positions" is the share of all
-    completion positions that were computed, and "batch/packed" is 1 where answers were packed and 0 where not.
+    recipe. Of packed answers it sees whole rows. With buckets or packed rows the metric "batch/positions" is the share of
+    all completion positions that were computed, and "batch/packed" is 1 where answers were packed and 0 where not.
 
     Args:
       objective: (parameters, x, weight, share) -> (loss, metrics); see `update.make_objective`.
       of_packed: evaluate -> objective, for what packed rows say.
       evaluate: what the weights say.
     """
+    if _in_whole_rows(batching):
+        return jax.value_and_grad(objective, has_aux=True)
+
     def run(parameters: Parameters, x: Experience, weight: Any, share: Array) -> Any:
         group_size, tokens = _group_size(x), x.mask.shape[1]
         found = forms(batching, group_size, tokens)
-        if len(found) == 1:
-            return jax.value_and_grad(objective, has_aux=True)(parameters, x, weight, share)
 
         def in_form(form):
             if form.packed:
-                run = of_packed(functools.partial(_said, evaluate, form))
-                (loss, metrics), gradient = jax.value_and_grad(run, has_aux=True)(parameters, x, weight, share)
+                here, batch = of_packed(functools.partial(_said, evaluate, form)), (x, weight, share)
             else:
-                (loss, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(
-                    parameters, cut(x, form.length), *_cut((weight, share), x.mask.shape, form.length))
+                here, batch = objective, (cut(x, form.length), *_cut((weight, share), x.mask.shape, form.length))
+            (loss, metrics), gradient = jax.value_and_grad(here, has_aux=True)(parameters, *batch)
             packed = {"batch/packed": jnp.float32(form.packed > 0)} if any(one.packed for one in found) else {}
             computed = jnp.float32(form.positions(group_size) / (group_size * tokens))
             return (loss, {**metrics, "batch/positions": computed, **packed}), gradient
@@ -153,6 +154,10 @@ def _said(function: Function, form: Form, parameters: Parameters, x: Experience)
 
 def _cut(tree: Any, whole: tuple[int, int], length: int) -> Any:
     return jax.tree.map(lambda a: a[:, :length] if a.shape[:2] == whole else a, tree)
+
+
+def _in_whole_rows(batching: Batching) -> bool:
+    return batching.length_buckets == 1 and batching.packed_rows == 0
 
 
 def _by_group(x: Experience) -> Int[Array, "P G"]:
