@@ -1,5 +1,6 @@
 """In which shapes answers are drawn and learned from; what is computed stays the same."""
 import dataclasses
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,28 +26,55 @@ class Batching:
             if vars(self)[name] < least:
                 raise ValueError(f"config.batching.{name}={vars(self)[name]}: must be at least {least}.")
 
-    def check(self, *, answer_positions: int, group_size: int, seeds: int, devices: int) -> None:
-        """Refuses what does not go together with the rest of an experiment.
+    def check_slots(self, drawing: Sequence[tuple[str, int, int]], devices: int) -> None:
+        """Refuses slots that a phase cannot draw with.
+
+        Args:
+          drawing: of each phase that draws answers: the recipe's name, its rollout's window, and how many answers it
+            draws at once.
+          devices: the most that a mesh cuts the answers over.
+
+        Raises:
+          ValueError: naming the fields, what is allowed and what to do.
+        """
+        if not self.slots:
+            return
+        name = f"config.batching.slots={self.slots}"
+        if not drawing:
+            raise ValueError(f"{name} says how many answers are drawn at once, and no phase draws any: set it to 0.")
+        if devices > 1:
+            raise ValueError(f"{name}: a mesh of {devices} devices cuts all answers of a step. Set slots to 0, or every "
+                             "axis of config.mesh to 1 and config.asynchronous.sampler_devices to 1 at most.")
+        for recipe, window, answers in drawing:
+            if window:
+                raise ValueError(f"{name}: recipe {recipe!r} draws in windows (rollout.window={window}), which keep a "
+                                 "place for every answer: set slots to 0, or window=0.")
+            if self.slots > answers:
+                raise ValueError(f"{name}: recipe {recipe!r} draws scale.prompts_per_step x group_size = {answers} answers: "
+                                 "take no more slots than answers, or 0 to draw all at once.")
+
+    def check_lengths(self, answer_positions: int, group_sizes: Sequence[int], seeds: Sequence[int], devices: int) -> None:
+        """Refuses shapes that an experiment cannot learn in.
 
         Args:
           answer_positions: T, of the task.
-          group_size, seeds: the largest of all phases.
+          group_sizes, seeds: of each phase.
           devices: of the mesh.
 
         Raises:
           ValueError: naming the fields, what is allowed and what to do.
         """
-        buckets, packed = self.length_buckets, self.packed_rows
+        buckets, packed, largest = self.length_buckets, self.packed_rows, max(group_sizes)
         most = (answer_positions - 1).bit_length() + 1
         if buckets > most:
             raise ValueError(f"config.batching.length_buckets={buckets}, and answers of {answer_positions} positions have "
                              f"{most} different lengths of T, T / 2, T / 4, ...: take at most {most}.")
-        if packed and packed >= group_size:
+        if packed and packed >= largest:
             raise ValueError(f"config.batching.packed_rows={packed} leaves nothing to pack, for the largest group has "
-                             f"{group_size} answers: take fewer rows than that, or 0.")
+                             f"{largest} answers: take fewer rows than that, or 0.")
         name = f"config.batching.packed_rows={packed}" if packed else f"config.batching.length_buckets={buckets}"
-        if seeds > 1 and (packed or buckets > 1):
-            raise ValueError(f"{name}: scale.seeds={seeds} replicas are computed as one, and each would compute every "
+        if max(seeds) > 1 and (packed or buckets > 1):
+            raise ValueError(f"{name}: scale.seeds={max(seeds)} replicas are computed as one, and each would compute every "
                              "shape: set length_buckets=1 and packed_rows=0, or seeds=1.")
         if packed and devices > 1:
             raise ValueError(f"{name}: packed rows are learned from on one device: set packed_rows=0, or every axis of "

@@ -136,9 +136,8 @@ class Phase:
 class Experiment:
     """A checked experiment: the task, the network's shape, the phases in order, and what surrounds them.
 
-    `pretrained` is the checkpoint whose weights the first phase starts from; None starts from fresh ones. `mesh` says
-    how many devices cut the batch and the weights, `asynchronous` what is read where a phase draws ahead, `batching` in
-    which shapes answers are drawn and learned from.
+    `pretrained` is the checkpoint that the first phase starts from; None: fresh weights. `mesh` says how many devices cut
+    batch and weights, `asynchronous` what is read where a phase draws ahead, `batching` the shapes of drawing and learning.
     """
 
     task: Task
@@ -334,10 +333,12 @@ def _check_asynchronous(experiment: Experiment) -> None:
 
 
 def _check_batching(experiment: Experiment) -> None:
-    phases = experiment.phases
-    experiment.batching.check(
-        answer_positions=experiment.task.completion_length, devices=experiment.mesh.devices,
-        group_size=max(phase.recipe.group_size for phase in phases), seeds=max(phase.scale.seeds for phase in phases))
+    batching, phases, devices = experiment.batching, experiment.phases, experiment.mesh.devices
+    drawing = [(phase.recipe.name, phase.recipe.rollout.window, phase.scale.prompts_per_step * phase.recipe.group_size)
+               for phase in phases if phase.recipe.rollout is not None]
+    batching.check_slots(drawing, max(devices, (experiment.asynchronous.sampler or meshes.Sizes()).devices))
+    batching.check_lengths(experiment.task.completion_length, [phase.recipe.group_size for phase in phases],
+                           [phase.scale.seeds for phase in phases], devices)
 
 
 def _check_program(phase: Phase, where: str) -> None:

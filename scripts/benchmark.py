@@ -9,7 +9,13 @@ python scripts/benchmark.py lengths    learning from answers of different length
 python scripts/benchmark.py load       seconds and memory of loading a published checkpoint of 2 GB; --write, too
 python scripts/benchmark.py memory     what training Qwen3-4B's shapes holds: all weights, or adapters; --write, too
 python scripts/benchmark.py collectives  what devices compute and exchange as the mesh grows, table and plot; --write, too
+python scripts/benchmark.py peers      a step beside trl's and tunix's on the same work, in turns; --write, too
+python scripts/benchmark.py step       the phases of a step, each beside its floor, and what the host adds; --write, too
+python scripts/benchmark.py rollout    tokens drawn per second beside what the device allows, 1 to 256 rows; --write, too
+python scripts/benchmark.py scaling    a step as each of its sizes doubles, beside its FLOPs, table and plot; --write, too
+python scripts/benchmark.py refill     answers of very different lengths in few slots, against all at once; --write, too
 
+peers makes an environment for each peer (minutes, once); --environments=<folder with trl and tunix> takes what is there.
 --only=<part of a row's name> measures just those rows: recipes --only=dr_grpo, kernels --only=policy_gate.
 """
 # workers of a host verifier import this file: heavy imports stay inside the functions
@@ -25,7 +31,8 @@ from absl import app, flags, logging
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements per row; the median is printed.", lower_bound=1)
 _ONLY = flags.DEFINE_string("only", "", "Measure the rows whose names hold this.")
-_WRITE = flags.DEFINE_bool("write", False, "Replace the table in BENCHMARKS.md (kernels, prefix, lengths, load, memory, collectives).")
+_WRITE = flags.DEFINE_bool("write", False, "Replace the table in BENCHMARKS.md, where the program above says so.")
+_ENVIRONMENTS = flags.DEFINE_string("environments", "", "peers: a folder with environments trl and tunix, used as they are.")
 _CHECK = flags.DEFINE_bool("check", False, "Exit with 1 if a row misses its target.")
 
 
@@ -53,7 +60,9 @@ def main(arguments: list[str]) -> None:
 
     logging.set_verbosity(logging.WARNING)
     compared, tabulated = {"replicas": replicas, "programs": programs, "recipes": recipes}, {
-        "kernels": kernels, "prefix": prefix, "lengths": lengths, "load": load, "memory": memory, "collectives": collectives}
+        "kernels": kernels, "prefix": prefix, "load": load, "memory": memory, "collectives": collectives, "step": step,
+        "rollout": rollout, "scaling": scaling, "refill": refill, "lengths": lengths,
+        "peers": peers}
     if len(arguments) != 2 or arguments[1] not in compared | tabulated:
         names = ",".join(compared | tabulated)
         sys.exit(f"usage: benchmark.py {{{names}}} [--only=] [--repeats=] [--check] [--write]")
@@ -288,6 +297,43 @@ def collectives():
     import benchmark_collectives
 
     return benchmark_collectives.tables(_wanted, plot=_WRITE.value)
+
+
+def step():
+    """The phases of a step, each beside its floor (`benchmark_step`)."""
+    import benchmark_step
+
+    return benchmark_step.tables(benchmark_step.workloads(), alternating, _wanted)
+
+
+def rollout():
+    """Tokens drawn per second beside what the device allows (`benchmark_rollout`)."""
+    import benchmark_rollout
+
+    return benchmark_rollout.tables(benchmark_rollout.SIZES, alternating, _wanted)
+
+
+def scaling():
+    """A step as each of its sizes doubles, beside its FLOPs (`benchmark_scaling`)."""
+    import benchmark_scaling
+
+    return benchmark_scaling.tables(benchmark_scaling.BASE, alternating, _wanted, plot=_WRITE.value)
+
+
+def refill():
+    """Tokens per second of answers in few slots against all at once (`benchmark_refill`)."""
+    import benchmark_refill
+
+    from kernels_pallas import dispatch
+
+    return benchmark_refill.tables(benchmark_refill.SIZES[dispatch.platform()], alternating, _wanted)
+
+
+def peers():
+    """A step beside those of trl and tunix (`benchmark_peers`)."""
+    import benchmark_peers
+
+    return benchmark_peers.tables(_wanted, _REPEATS.value, _ENVIRONMENTS.value)
 
 
 if __name__ == "__main__":

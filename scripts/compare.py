@@ -22,9 +22,10 @@ def main(_: list[str]) -> None:
     import rich.console
 
     from rl_jax import comparison, sections
-    from rl_jax.train import compare, compare_page, curves
+    from rl_jax.train import compare, compare_page, curves, machine
 
     logging.set_verbosity(logging.WARNING)
+    machine.prepare()
     workdir = pathlib.Path(_WORKDIR.value)
     console = rich.console.Console(width=None if sys.stdout.isatty() else 120)
     try:

@@ -39,8 +39,9 @@ def evaluate(workdir: pathlib.Path) -> None:
     import rich.progress
 
     from rl_jax.recipe import Rollout
-    from rl_jax.train import evaluation, examine, report, session, trained
+    from rl_jax.train import evaluation, examine, machine, report, session, trained
 
+    machine.prepare()
     if not all(k.isdigit() and 1 <= int(k) <= _SAMPLES.value for k in _KS.value):
         raise ValueError(f"--ks={','.join(_KS.value)}: numbers from 1 to --samples={_SAMPLES.value} are allowed.")
     found = [trained.load(workdir, which) for which in _CHECKPOINT.value]

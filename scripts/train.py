@@ -52,8 +52,9 @@ def main(_: list[str]) -> None:
 def run(workdir: pathlib.Path) -> None:
     """Parses, claims the directory, runs."""
     from rl_jax import experiment, sections
-    from rl_jax.train import processes, session
+    from rl_jax.train import machine, processes, session
 
+    machine.prepare()
     try:
         parsed, config = experiment.parse(_CONFIG.value), sections.plain(_CONFIG.value)
         processes.agree_on_run(config, workdir, functools.partial(session.claim, workdir, config))

@@ -58,6 +58,7 @@ SLOW = (
     "tests/recipes/test_lengths.py::test_and_so_for_all_others",
     "tests/rollout/test_window.py::test_three_windows_are_one_draw[2-t",
     "tests/test_benchmark.py::test_every_op_is_measured",
+    "tests/test_benchmark_step.py::test_growth_is_measured",
     "tests/train/test_compare.py::test_a_host_verifier_scores_its_replicas_in_turn",
     "tests/train/test_compare.py::test_all_start_from_the_weights_that_were_made_once",
     "tests/train/test_compare.py::test_answers_that_were_asked_to_replace_others_are_counted",

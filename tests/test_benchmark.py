@@ -12,6 +12,7 @@ sys.path.append(str(SCRIPTS))
 import benchmark_kernels  # noqa: E402  (scripts are no package)
 import benchmark_lengths  # noqa: E402
 import benchmark_prefix  # noqa: E402
+import benchmark_refill  # noqa: E402
 import benchmark_table  # noqa: E402
 
 KERNELS = dataclasses.replace(
@@ -90,6 +91,17 @@ def test_a_shared_prompt_saves_flops_where_there_are_several_completions():
     assert all(number(cell) > 0 for cell in row[5:])
 
 
+def test_slots_are_measured_on_the_same_answers():
+    """A row per number of slots that tells how many answers are alike; one that is too slow is named."""
+    shape = dataclasses.replace(benchmark_refill.SIZES["cpu"].shapes[0], vocabulary=8, width=16, layers=1, inner=16)
+    sizes = benchmark_refill.Sizes((shape,), 3, 4, prompt_tokens=4, mean=3, most=6, slots=(3, 4))
+    padded_is_slow = lambda *sides: [7.0, 2.0, 4.0][:len([side() for side in sides])]
+    loops, attention = benchmark_refill.tables(sizes, padded_is_slow, lambda name: True)
+    assert [row[4:] for row in loops.rows] == [("3.50x", "2x", "12/12"), ("1.75x", "2x", "12/12")]
+    assert loops.missed == (loops.rows[1][0],) and len(set(benchmark_refill.lengths(sizes).ravel())) > 2
+    assert [row[0] for row in attention.rows] == ["attention S=4 slots=4", "attention S=32 slots=4"]
+
+
 def test_only_the_section_is_replaced(tmp_path):
     path = tmp_path / "BENCHMARKS.md"
     text = "before\n\n<!-- {0}: written by scripts/benchmark.py -->\nold\n<!-- {0}: end -->\n\nafter\n"
@@ -105,7 +117,7 @@ def test_only_the_section_is_replaced(tmp_path):
         benchmark_table.write("kernels tpu", [table], path)
 
 
-@pytest.mark.parametrize("name", ["kernels", "prefix"])
+@pytest.mark.parametrize("name", ["kernels", "prefix", "refill"])
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_benchmarks_file_has_a_place_for_every_table(name, platform, tmp_path):
     path = tmp_path / "BENCHMARKS.md"

@@ -149,6 +149,11 @@ TOGETHER = [
     (AHEAD, "asynchronous", {"sampler_devices": 3, "sampler_tensor": 2}, "sampler_tensor=2 does not divide sampler_devices=3"),
     (AHEAD, "asynchronous", {"sampler_devices": 2, "sampler_tensor": 2}, "sampler_tensor=2 does not divide .*key_heads=1"),
     (AHEAD, "asynchronous", {"sampler_devices": 3}, "prompts_per_step=4 cannot be cut over the 3 devices of the sampler"),
+    ({}, "batching", {"slots": -1}, "config.batching.slots=-1: must be at least 0"),
+    ({"recipe": "baselines.grpo"}, "batching", {"slots": 9}, "'grpo' draws .* = 8 answers: take no more slots than answers"),
+    ({"recipe": "baselines.sft"}, "batching", {"slots": 2}, "slots=2 .*no phase draws any: set it to 0"),
+    ({"recipe": "rollout.t_ppo"}, "batching", {"slots": 2}, "slots=2: recipe 't_ppo' draws in windows"),
+    ({"mesh": {"data": 2}}, "batching", {"slots": 2}, "slots=2: a mesh of 2 devices"),
     ({"recipe": "baselines.grpo"}, "recipe.args.group_size", 1, r"config.recipe \(baselines.grpo\): group_size=1.*>= 2"),
     ({"recipe": "baselines.rloo"}, "recipe.args.group_size", 1, "group_size >= 2"),
     ({"recipe": "loss.dapo_decoupled_clip"}, "recipe.args.group_size", 1, "group_size >= 2"),
@@ -174,6 +179,12 @@ TOGETHER = [
 def test_an_impossible_combination_is_refused_with_a_way_out(given, path, value, said):
     with pytest.raises(ValueError, match=said):
         experiment.parse(changed(put(path, value), **given))
+
+
+def test_slots_are_refused_on_the_samplers_own_mesh():
+    values = changed(put("asynchronous", {"sampler_devices": 2}), **AHEAD)
+    with pytest.raises(ValueError, match="slots=2: a mesh of 2 devices .*sampler_devices to 1 at most"):
+        experiment.parse({**values, "batching": {"slots": 2}})
 
 
 def test_the_phase_is_named():

@@ -117,11 +117,14 @@ def _by_row(seen: Bool[Array, "*B t"], first: First, start: int | Int[Array, ""]
 def _tile(query: Float[Array, "*B K M E"], key: Float[Array, "*B K t E"], value: Float[Array, "*B K t E"],
           seen: Bool[Array, "*B 1 #M t"], options: Options) -> Sums:
     products = jnp.einsum("...me,...te->...mt", query, key, preferred_element_type=jnp.float32)
-    score = jnp.where(seen, scores(products, query.shape[-1], options), NEVER)
+    # As a matrix: a compiler that makes a loop of every axis takes three times as long for short rows in five axes.
+    flat = lambda a: a.reshape(-1, a.shape[-1])
+    score = jnp.where(flat(jnp.broadcast_to(seen, products.shape)), scores(flat(products), query.shape[-1], options), NEVER)
     top = jnp.maximum(score.max(axis=-1, keepdims=True), NEVER / 2)
     weight = jnp.exp(score - top)
+    top, total, weight = (a.reshape(*products.shape[:-1], -1) for a in (top, weight.sum(axis=-1, keepdims=True), weight))
     mixed = jnp.einsum("...mt,...te->...me", weight.astype(value.dtype), value, preferred_element_type=jnp.float32)
-    return Sums(mixed, top, weight.sum(axis=-1, keepdims=True))
+    return Sums(mixed, top, total)
 
 
 def merged(a: Sums, b: Sums) -> Sums:

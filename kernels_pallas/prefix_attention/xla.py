@@ -3,9 +3,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Float, Float32
 
-from kernels_pallas.prefix_attention import blocks
+from kernels_pallas.prefix_attention import blocks, joint
 from kernels_pallas.prefix_attention.operands import Operands
 from kernels_pallas.prefix_attention.reference import NEVER, scores
 from kernels_pallas.prefix_attention.visibility import Intervals, Options
@@ -15,23 +15,21 @@ NEAR = "pkgrte,pkgue->pkgrtu"
 
 
 class Weights(NamedTuple):
-    """Of one tile: `far` and `near` times `shrink` are the attention weights."""
+    """The attention weights of one tile."""
 
     far: Float32[Array, "P K G R t S"]
     near: Float32[Array, "P K G R t u"]
-    shrink: Float32[Array, "P K G R t"]
 
 
 def attend(operands: Operands, intervals: Intervals, options: Options) -> tuple[Float[Array, "P K G R T E"], Any]:
     """(out, what the backward pass needs beside it): the weights where they are few, else each row's log-sum-exp."""
     tokens = operands.query.shape[4]
     tile = blocks.query_tile(tokens)
-    if tile == tokens:
-        out, weights, log_total = _attend_tile(operands, intervals, options, 0, tokens)
-        return out, weights if blocks.keeps_weights(operands, options) else log_total
+    if tile == tokens and blocks.keeps_weights(operands, options):
+        return joint.attend(operands, intervals, options)
     parts = [_attend_tile(operands, intervals, options, start, min(start + tile, tokens))
              for start in range(0, tokens, tile)]
-    out, _, log_total = zip(*parts, strict=True)
+    out, log_total = zip(*parts, strict=True)
     return jnp.concatenate(out, axis=4), jnp.concatenate(log_total, axis=4)
 
 
@@ -45,10 +43,11 @@ def cotangents(operands: Operands, intervals: Intervals, options: Options, resul
       d_out: cotangent of out.
     """
     out, kept = results
-    if not isinstance(kept, Weights):
-        # Where forward and backward pass stand in one program, XLA would else keep the scores of the one for the other.
-        # (The CPU compiler of jax 0.10 drops the barrier and does so; that of 0.12 keeps it.)
-        operands, d_out = jax.lax.optimization_barrier((operands, d_out))
+    if isinstance(kept, joint.Kept):
+        return joint.cotangents(operands, options, out, kept, d_out)
+    # Where forward and backward pass stand in one program, XLA would else keep the scores of the one for the other.
+    # (The CPU compiler of jax 0.10 drops the barrier and does so; that of 0.12 keeps it.)
+    operands, d_out = jax.lax.optimization_barrier((operands, d_out))
     tokens = operands.query.shape[4]
     tile = blocks.query_tile(tokens)
     d_query = []
@@ -56,8 +55,7 @@ def cotangents(operands: Operands, intervals: Intervals, options: Options, resul
     for start in range(0, tokens, tile):
         stop = min(start + tile, tokens)
         rows = (..., slice(start, stop), slice(None))
-        weights = kept if isinstance(kept, Weights) else _weights(
-            operands, intervals, options, start, stop, kept[..., start:stop])
+        weights = _weights(operands, intervals, options, start, stop, kept[..., start:stop])
         new, *parts = _tile_cotangents(operands, options, weights, out[rows], d_out[rows], (start, stop))
         d_query.append(new)
         if total is None:
@@ -70,7 +68,7 @@ def cotangents(operands: Operands, intervals: Intervals, options: Options, resul
 
 
 def _attend_tile(operands, intervals, options, start: int, stop: int):
-    """out, weights and log-sum-exp of the queries start .. stop - 1."""
+    """out and log-sum-exp of the queries start .. stop - 1."""
     far, near = _scores(operands, intervals, options, start, stop)
     top = jnp.maximum(far.max(axis=-1, initial=NEVER), near.max(axis=-1))
     far, near = jnp.exp(far - top[..., None]), jnp.exp(near - top[..., None])
@@ -78,15 +76,14 @@ def _attend_tile(operands, intervals, options, start: int, stop: int):
     prompt_value, value = operands.prompt_value, operands.value[..., :stop, :]
     mixed = (_product("pkgrts,pkse->pkgrte", far.astype(value.dtype), prompt_value)
              + _product("pkgrtu,pkgue->pkgrte", near.astype(value.dtype), value))
-    shrink = 1 / total
-    out = (mixed * shrink[..., None]).astype(operands.query.dtype)
-    return out, Weights(far, near, shrink), top + jnp.log(total)
+    out = (mixed / total[..., None]).astype(operands.query.dtype)
+    return out, top + jnp.log(total)
 
 
 def _weights(operands, intervals, options, start: int, stop: int, log_total: Float32[Array, "P K G R t"]) -> Weights:
     far, near = _scores(operands, intervals, options, start, stop)
     far, near = jnp.exp(far - log_total[..., None]), jnp.exp(near - log_total[..., None])
-    return Weights(far, near, jnp.ones_like(log_total))
+    return Weights(far, near)
 
 
 def _scores(operands, intervals, options, start: int, stop: int):
@@ -94,8 +91,8 @@ def _scores(operands, intervals, options, start: int, stop: int):
     size = operands.query.shape[-1]
     now = jnp.arange(start, stop)[None, None, :]
     parts = Intervals(*(x if x is None or x.shape[2] == 1 else x[:, :, start:stop] for x in intervals))
-    return (jnp.where(_between(parts.far_from, parts.far_to - 1, far.shape[-1]), scores(far, size, options), NEVER),
-            jnp.where(_between(parts.near_from, now, stop), scores(near, size, options), NEVER))
+    return (jnp.where(joint.between(parts.far_from, parts.far_to - 1, far.shape[-1]), scores(far, size, options), NEVER),
+            jnp.where(joint.between(parts.near_from, now, stop), scores(near, size, options), NEVER))
 
 
 def _products(operands, start: int, stop: int):
@@ -103,19 +100,11 @@ def _products(operands, start: int, stop: int):
     return _product(FAR, query, operands.prompt_key), _product(NEAR, query, operands.key[..., :stop, :])
 
 
-def _between(first, last, size: int) -> Bool[Array, "P 1 G 1 t U"]:
-    """first <= position <= last, for the positions 0 .. size - 1."""
-    position = jnp.arange(size)[None, None, None, None, None, :]
-    wide = lambda x: x[:, None, :, None, :, None]
-    inside = position <= wide(last)
-    return inside if first is None else inside & (position >= wide(first))
-
-
 def _tile_cotangents(operands, options, weights: Weights, out, d_out, tile: tuple[int, int]):
     """Of the tile's queries, of the keys and values that it sees, of the prompt's keys and values."""
     start, stop = tile
     query, key, value = operands.query[..., start:stop, :], operands.key[..., :stop, :], operands.value[..., :stop, :]
-    d_mixed = d_out.astype(jnp.float32) * weights.shrink[..., None]
+    d_mixed = d_out.astype(jnp.float32)
     delta = (d_mixed * out).sum(axis=-1, keepdims=True)
     d_mixed = d_mixed.astype(value.dtype)
     d_far = weights.far * (_product(FAR, d_mixed, operands.prompt_value) - delta)

@@ -11,7 +11,7 @@ from rl_jax.learner import assemble, carry, collect, diagnostics, roles
 from rl_jax.models import quantised
 from rl_jax.models.network import Network
 from rl_jax.recipe import Recipe
-from rl_jax.rollout import decode, mixed, window
+from rl_jax.rollout import decode, mixed, refill, window
 from rl_jax.types import Parameters, Prompts, Samples, TrainState, Verdict
 
 Metrics = dict[str, Array]
@@ -19,7 +19,8 @@ Ask = Callable[[TrainState, Prompts, Array, Array], tuple[Prompts, Samples, Verd
 
 
 def make_ask(recipe: Recipe, network: Network, verdict: collect.Judge | None, *, completion_length: int,
-             stop_ids: tuple[int, ...], pad_id: int, axis: str | None = None, quantise: str = "") -> Ask:
+             stop_ids: tuple[int, ...], pad_id: int, axis: str | None = None, quantise: str = "",
+             slots: int = 0) -> Ask:
     """Returns ask(state, prompts, uniforms, version) -> (prompts, samples, verdict, metrics, carried).
 
     Of the state it reads the policy (and the frozen part of it), the control and what is carried.
@@ -30,6 +31,7 @@ def make_ask(recipe: Recipe, network: Network, verdict: collect.Judge | None, *,
       axis: name of the vmap axis over replicas, if there is one.
       quantise: draw with a copy of the weights in 8 bits (`quantised.copy`), made anew in every step; "" draws with
         the weights themselves. The copy is another policy: what it drew is off-policy by as much as it differs.
+      slots: answers drawn at once, as `refill.make_rollout` does; 0 draws all at once. Not for a rollout in windows.
     """
     def drawing(state: TrainState) -> Parameters:
         policy = roles.policy(state)
@@ -39,8 +41,12 @@ def make_ask(recipe: Recipe, network: Network, verdict: collect.Judge | None, *,
         return lambda state, prompts, uniforms, version: (*given_answers(prompts, version), {}, state.carried)
     ends = {"completion_length": completion_length, "stop_ids": stop_ids, "pad_id": pad_id, "axis": axis}
     if recipe.rollout.window:
+        if slots:
+            raise ValueError(f"recipe {recipe.name!r} draws in windows (rollout.window={recipe.rollout.window}), which "
+                             f"keep a place for every answer: set batching.slots={slots} to 0, or window=0.")
         return _in_windows(recipe, window.make_window(network, recipe.rollout, **ends), verdict, drawing)
-    whole = decode.make_rollout(network, recipe.rollout, **ends)
+    whole = (refill.make_rollout(network, recipe.rollout, slots=slots, **ends) if slots else
+             decode.make_rollout(network, recipe.rollout, **ends))
 
     def draw(parameters, prompts, uniforms, version, coefficient):
         samples = whole(parameters, prompts, uniforms, version, coefficient)

@@ -95,7 +95,7 @@ def make_pieces(recipe: Recipe, task: tasks.Task, network: Network, optimiser: o
                          "give a positive one (1.0 samples the policy itself).")
     ask = asking.make_ask(recipe, network, verdict, completion_length=task.completion_length,
                           stop_ids=task.tokenizer.stop_ids, pad_id=task.tokenizer.pad_id, axis=axis,
-                          quantise=quantise)
+                          quantise=quantise, slots=batching.slots)
     policy_of = evaluate.make_evaluate(network, temperature)
     objective = evaluate.make_objective(recipe, network, temperature)
     replay = 0 if recipe.rollout is None else recipe.rollout.replay
@@ -116,8 +116,8 @@ def make_pieces(recipe: Recipe, task: tasks.Task, network: Network, optimiser: o
         if samples.given is not None:
             x = dataclasses.replace(x, rollout_logp=jnp.where(samples.given[:, None], x.old_logp, x.rollout_logp))
         x = assemble.with_advantage(recipe, x)
-        of_trained = roles.bound(policy_of, state.frozen)
-        passes = update.make_passes(recipe, of_trained, optimiser, microbatches, roles.bound(objective, state.frozen), batching)
+        of_trained, of_loss = (roles.bound(one, state.frozen) for one in (policy_of, objective))
+        passes = update.make_passes(recipe, of_trained, optimiser, microbatches, of_loss, batching)
         parameters, optimiser_state, metrics = passes(state.parameters, state.optimiser, x, deal)
         control = state.control
         if control:

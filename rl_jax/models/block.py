@@ -55,7 +55,7 @@ class Block(nnx.Module):
         """Queries [M, H, E], keys and values [M, K, E] of each row, turned to their positions.
 
         Args:
-          turns: from `turns`, for the kinds of all layers.
+          turns: of each row, for the kinds of all layers (`turns_at`).
         """
         rows, size = x.shape[0], self.shape.head_size
         y = self.before_attention(x)
@@ -87,11 +87,12 @@ class Block(nnx.Module):
         return x + (y if self.after_inner is None else self.after_inner(y)), chosen
 
 
-def turns(shape: Shape, position: Int[Array, " M"], below: int | None = None) -> Turns:
-    """By what each kind of layer turns the queries and keys at these positions.
-
-    Args:
-      position, below: see `rotary.turn`.
-    """
+def turns(shape: Shape, length: int) -> Turns:
+    """By what each kind of layer turns queries and keys at the positions 0, 1, ..., length - 1."""
     kinds = {kind.rotation for kind in shape.kinds}
-    return {kind: rotary.turn(position, rotary.frequencies(shape.head_size, *kind), below) for kind in kinds}
+    return {kind: rotary.table(length, rotary.frequencies(shape.head_size, *kind)) for kind in kinds}
+
+
+def turns_at(table: Turns, position: Int[Array, " M"]) -> Turns:
+    """The rows of a table that stand at these positions."""
+    return {kind: rotary.Turn(turn.cosine[position], turn.sine[position]) for kind, turn in table.items()}

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Float32, Int, Key, UInt32
 from kernels_pallas.linear_logprob import sharded
 from kernels_pallas.linear_logprob.op import linear_logprob
 from rl_jax.models import lora, mesh, transformer
+from rl_jax.models.block import Turns, turns
 from rl_jax.models.lora import Adapters
 from rl_jax.models.routes import Routes
 from rl_jax.models.shape import Shape
@@ -64,14 +65,22 @@ class Network:
         return self.module(parameters).prefill(prompts)
 
     def decode(self, parameters: Parameters, prompt_cache: Any, cache: Any, token: Int[Array, " P"],
-               lengths: Int[Array, " P"],
-               now: Int[Array, ""]) -> tuple[Float[Array, "P D"], Any, Int[Array, "P L k"] | None]:
+               lengths: Int[Array, " P"], now: Int[Array, ""] | Int[Array, " P"],
+               table: Turns) -> tuple[Float[Array, "P D"], Any, Int[Array, "P L k"] | None]:
         """One decode step (`Transformer.decode`)."""
-        return self.module(parameters).decode(prompt_cache, cache, token, lengths, now)
+        return self.module(parameters).decode(prompt_cache, cache, token, lengths, now, table)
+
+    def turns(self, length: int) -> Turns:
+        """By what queries and keys are turned at the positions from 0 to length - 1, for `decode`."""
+        return turns(self.shape, length)
 
     def empty_cache(self, parameters: Parameters, rows: int, length: int) -> Any:
         """Room for a completion's keys and values (`Transformer.empty_cache`)."""
         return self.module(parameters).empty_cache(rows, length)
+
+    def rows_of_cache(self, cache: Any, rows: Int[Array, " B"]) -> Any:
+        """A copy of some rows of a cache, which may be given more than once (`Transformer.empty_cache`)."""
+        return jax.tree.map(lambda a: jnp.take(a, rows, axis=1 if self.shape.scan_layers else 0), cache)
 
     def vocabulary(self, parameters: Parameters) -> Float[Array, "V D"]:
         """The head matrix (`Transformer.vocabulary`)."""

@@ -3,7 +3,6 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
@@ -66,21 +65,16 @@ class Turn(NamedTuple):
     sine: Float32[Array, "M F"]
 
 
-def turn(position: Int[Array, " M"], frequency: Float32[np.ndarray, " F"],
-         below: int | None = None) -> Turn:
-    """Of the angles position * frequency_i; made once for all layers of a pass.
+def table(length: int, frequency: Float32[np.ndarray, " F"]) -> Turn:
+    """Of the angles position * frequency_i for the positions 0, 1, ..., length - 1.
+
+    Rows look up their own: a compiler that fuses would make cosine and sine anew for every element of every head.
 
     Args:
-      position: of each row in its text, from 0.
       frequency: from `frequencies`, F = E / 2.
-      below: a bound on the positions, if one is known; where there are more rows than that, their angles are looked up
-        in a table of so many.
     """
-    looked_up = below is not None and below < position.shape[0]
-    angle = (jnp.arange(below) if looked_up else position).astype(jnp.float32)[:, None] * frequency[None, :]
-    # Without the barrier a compiler that fuses makes them anew for every element of every head that they turn.
-    found = jax.lax.optimization_barrier(Turn(jnp.cos(angle), jnp.sin(angle)))
-    return jax.lax.optimization_barrier(Turn(*(a[position] for a in found))) if looked_up else found
+    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency[None, :]
+    return Turn(jnp.cos(angle), jnp.sin(angle))
 
 
 def rotate(x: Float[Array, "M H E"], by: Turn) -> Float[Array, "M H E"]:
@@ -88,7 +82,7 @@ def rotate(x: Float[Array, "M H E"], by: Turn) -> Float[Array, "M H E"]:
 
     Args:
       x: queries or keys, E even.
-      by: from `turn`, F = E / 2.
+      by: rows of a `table`, F = E / 2.
 
     Source: Su et al. 2021, arXiv:2104.09864, in the half-split layout of published checkpoints.
     """

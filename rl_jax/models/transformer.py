@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.decode_attention.reference import Cache
 from rl_jax.models import attention, mesh, norm, packing
-from rl_jax.models.block import Block, Turns, turns
+from rl_jax.models.block import Block, Turns, turns, turns_at
 from rl_jax.models.lora import Adapters
 from rl_jax.models.routes import Routes, of_layers
 from rl_jax.models.shape import DTYPES, Kind, Shape
@@ -67,7 +67,8 @@ class Transformer(nnx.Module):
         n, t = completions.shape
         inputs, place = packing.fed(jnp.repeat(last_token(prompts, lengths), n // p), completions, segment)
         position = (jnp.repeat(lengths, n // p)[:, None] - 1 + place).reshape(-1)
-        of_prompts, of_completions = self._prompt_turns(*prompts.shape), turns(self.shape, position, prompts.shape[1] + t)
+        table = turns(self.shape, prompts.shape[1] + t)
+        of_prompts, of_completions = _of_prompts(table, *prompts.shape), turns_at(table, position)
 
         def layer(block, index, carry, chosen):
             (x, y), (of_prompt, of_completion) = carry, chosen or (None, None)
@@ -88,7 +89,7 @@ class Transformer(nnx.Module):
         """Keys and values of the prompts, [P, K, S, E], a tuple per layer, or stacked over layers that are scanned;
         and the experts of every token (None for a network without mixtures)."""
         p, s = prompts.shape
-        of_prompts = self._prompt_turns(p, s)
+        of_prompts = _of_prompts(turns(self.shape, s), p, s)
 
         def layer(block, index, carry, _):
             x, cache = carry
@@ -109,7 +110,8 @@ class Transformer(nnx.Module):
         return (one,) * shape.layers, (one,) * shape.layers
 
     def decode(self, prompt_cache: Any, cache: Any, token: Int[Array, " P"], lengths: Int[Array, " P"],
-               now: Int[Array, ""]) -> tuple[Float[Array, "P D"], Any, Int[Array, "P L k"] | None]:
+               now: Int[Array, ""] | Int[Array, " P"],
+               table: Turns) -> tuple[Float[Array, "P D"], Any, Int[Array, "P L k"] | None]:
         """One step of one sample per prompt: the hidden state that token `now` is drawn from.
 
         Args:
@@ -117,19 +119,19 @@ class Transformer(nnx.Module):
           cache: this sample's own, from `empty_cache`; returned with position `now` written.
           token: fed now: the last prompt token at now = 0, then the token drawn before.
           lengths: of the prompts, in tokens.
-          now: the completion position, from 0.
+          now: the completion position, from 0; one for all, or one of each row.
+          table: `turns` of all positions that there are, made once, before the first step.
 
         Returns:
           The hidden state, the cache, and the experts of the token (None for a network without mixtures).
         """
-        of_tokens = turns(self.shape, lengths - 1 + now)
+        of_tokens = turns_at(table, lengths - 1 + now)
 
         def layer(block, index, carry, _):
             x, cache = carry
             q, k, v = block.heads(x, of_tokens)
             keys, values = _read(cache, index)
-            keys = jax.lax.dynamic_update_slice_in_dim(keys, k[:, :, None], now, 2)
-            values = jax.lax.dynamic_update_slice_in_dim(values, v[:, :, None], now, 2)
+            keys, values = _put(keys, k, now), _put(values, v, now)
             own = Cache(keys, values, jnp.full_like(lengths, now + 1))
             attended = attention.one_query(q, own, Cache(*_read(prompt_cache, index), lengths - 1), block.options)
             x, chosen = block.finish(x, attended.reshape(x.shape[0], -1))
@@ -137,9 +139,6 @@ class Transformer(nnx.Module):
 
         (x, cache), chosen = self._through_layers(layer, (self._embed(token), cache))
         return self.final(x), cache, None if chosen is None else jnp.moveaxis(chosen, 0, 1)
-
-    def _prompt_turns(self, prompts: int, length: int) -> Turns:
-        return turns(self.shape, jnp.tile(jnp.arange(length), prompts), length)
 
     def _embed(self, tokens: Int[Array, " M"]) -> Float[Array, "M D"]:
         x = self.embedding[...].astype(DTYPES[self.shape.compute])[tokens]
@@ -192,6 +191,10 @@ def last_token(prompts: Int[Array, "P S"], lengths: Int[Array, " P"]) -> Int[Arr
     return jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
 
 
+def _of_prompts(table: Turns, prompts: int, length: int) -> Turns:
+    return turns_at(table, jnp.tile(jnp.arange(length), prompts))
+
+
 def _prompt_layer(block: Block, x: Float[Array, "M D"], prompts: int, of_prompts: Turns,
                   chosen: Array | None = None) -> tuple[Array, tuple[Array, Array], Array | None]:
     rows = x.shape[0]
@@ -199,6 +202,14 @@ def _prompt_layer(block: Block, x: Float[Array, "M D"], prompts: int, of_prompts
     attended = attention.prompt(q, k, v, block.options)
     x, chosen = block.finish(x, attended.reshape(rows, -1), chosen)
     return x, (k, v), chosen
+
+
+def _put(cache: Float[Array, "P K T E"], new: Float[Array, "P K E"], now: Int[Array, "..."]) -> Float[Array, "P K T E"]:
+    """The cache with `new` at position `now`, one for all rows or one of each."""
+    if now.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(cache, new[:, :, None], now, 2)
+    return cache.at[jnp.arange(cache.shape[0]), :, now].set(
+        new, mode="promise_in_bounds", unique_indices=True, indices_are_sorted=True)
 
 
 def _read(cache: Any, index: Any) -> tuple[Array, Array]:

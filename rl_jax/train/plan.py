@@ -110,7 +110,8 @@ def _rollout(loop: PhaseLoop, state: TrainState, prompts: Prompts) -> list[Row]:
         return network.prefill(policy, tokens)[0]
 
     def decode(policy, prompt_cache, cache, token, lengths, now):
-        hidden, cache, _ = network.decode(policy, prompt_cache, cache, token, lengths, now)
+        turns = network.turns(prompts.tokens.shape[1] + length)
+        hidden, cache, _ = network.decode(policy, prompt_cache, cache, token, lengths, now, turns)
         return network.logits(hidden, network.vocabulary(policy)), cache
 
     one_per_prompt = (policy, jax.eval_shape(prefill, policy, prompts.tokens),

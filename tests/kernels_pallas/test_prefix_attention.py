@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.prefix_attention import blocks, tiles, visibility, xla
+from kernels_pallas.prefix_attention import blocks, joint, tiles, visibility, xla
 from kernels_pallas.prefix_attention.op import prefix_attention
 from kernels_pallas.prefix_attention.operands import by_key_head, by_row
 from kernels_pallas.prefix_attention.visibility import Options, Seen
@@ -128,7 +128,7 @@ def test_kept_and_recomputed_weights_agree(monkeypatch, keep):
     monkeypatch.setattr(blocks, "KEPT_WEIGHTS", keep)
     given = by_key_head(*arrays())
     intervals = visibility.intervals(WHOLE, S, G, T)
-    assert isinstance(xla.attend(given, intervals, Options())[1], xla.Weights) == (keep > 0)
+    assert isinstance(xla.attend(given, intervals, Options())[1], joint.Kept) == (keep > 0)
     close(value_and_gradient(arrays(), WHOLE, "xla"), _reference_value_and_gradient("all"))
 
 

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from rl_jax import recipe as recipes
+from rl_jax.batching import Batching
 from rl_jax.learner import step
 from rl_jax.recipe import Rollout, Schedule
 from rl_jax.recipes.baselines import grpo, reinforce, rloo, sft
@@ -72,6 +73,21 @@ def test_replicas_are_runs_of_their_own():
         np.testing.assert_array_equal(x.tokens[r], expected_x.tokens)
         tiny.same(jax.tree.map(lambda a, r=r: a[r], found), expected, rtol=1e-5, atol=1e-6)
     assert (x.tokens[0] != x.tokens[1]).any()
+
+
+@pytest.mark.parametrize("seeds", [1, SEEDS])
+def test_a_step_that_draws_in_few_slots_is_the_same_step(seeds):
+    """More answers than slots, alone and in replicas; only products of other shapes may round otherwise."""
+    axis = step.SEED_AXIS if seeds > 1 else None
+    pieces = tiny.pieces(RECIPE, TASK, OPTIMISER, axis=axis, batching=Batching(slots=3))
+    state, prompts = [tiny.state(RECIPE, TASK, OPTIMISER, seed) for seed in range(seeds)], tiny.prompts(TASK, P)
+    found = jax.jit(step.composed(pieces, seeds=seeds))(stacked(state) if axis else state[0], prompts)
+    for r in range(seeds):
+        expected = plain()(state[r], prompts)
+        of_one = jax.tree.map(lambda a, r=r: a[r], found) if axis else found
+        np.testing.assert_array_equal(of_one[2].tokens, expected[2].tokens)
+        tiny.same(of_one[::2], expected[::2], rtol=1e-5, atol=1e-6)
+        tiny.same(of_one[1], expected[1], rtol=1e-4, atol=1e-6)
 
 
 def test_two_programs_without_staleness_are_the_one_program():

@@ -12,8 +12,12 @@ X = numeric.normal(0, 3, 2, 6)
 POSITION = np.array([0, 5, 1])
 
 
+def at(position, frequency):
+    return rotary.Turn(*(a[position] for a in rotary.table(20, frequency)))
+
+
 def rotated(x, position):
-    by = rotary.turn(jnp.asarray(position), rotary.frequencies(x.shape[-1], BASE))
+    by = at(jnp.asarray(position), rotary.frequencies(x.shape[-1], BASE))
     return np.asarray(rotary.rotate(jnp.asarray(x, jnp.float32), by))
 
 
@@ -33,11 +37,6 @@ def test_products_depend_on_the_distance_alone():
 
 
 def test_keeps_the_dtype():
-    by = rotary.turn(jnp.ones(1, int), rotary.frequencies(2, BASE))
+    by = at(jnp.ones(1, int), rotary.frequencies(2, BASE))
     assert rotary.rotate(jnp.ones((1, 1, 2), jnp.bfloat16), by).dtype == jnp.bfloat16
 
-
-def test_angles_from_a_table_are_those_of_each_row():
-    position, frequency = jnp.array([2, 0, 3, 3, 1, 2]), rotary.frequencies(8, BASE)
-    for below in (4, 5, 6, 100):  # the first two are fewer than there are rows
-        np.testing.assert_allclose(rotary.turn(position, frequency, below), rotary.turn(position, frequency), rtol=1e-6)

@@ -106,9 +106,9 @@ def decoded(shape, parameters, prompts, lengths, completions):
         given = jnp.moveaxis(completions.reshape(P, G, T), 1, 0)
         cache = jax.tree.map(lambda a: jnp.stack([a] * G), network.empty_cache(parameters, P, T))
         token = jnp.repeat(transformer.last_token(prompts, lengths)[None], G, axis=0)
-        states = []
+        states, turns = [], network.turns(prompts.shape[1] + T)
         for now in range(T):
-            step = jax.vmap(lambda c, t, now=now: network.decode(parameters, prompt_cache, c, t, lengths, jnp.int32(now)))
+            step = jax.vmap(lambda c, t, now=now: network.decode(parameters, prompt_cache, c, t, lengths, jnp.int32(now), turns))
             hidden, cache, _ = step(cache, token)
             states.append(hidden)
             token = given[:, :, now]

@@ -79,9 +79,9 @@ def test_an_answer_ends_at_the_first_of_several_stop_tokens(pad):
 class Watched(Network):
     """Tells which decode steps ran."""
 
-    def decode(self, parameters, prompt_cache, cache, token, lengths, now):
+    def decode(self, parameters, prompt_cache, cache, token, lengths, now, table):
         jax.debug.callback(lambda n: STEPS.append(int(n)), now)
-        return super().decode(parameters, prompt_cache, cache, token, lengths, now)
+        return super().decode(parameters, prompt_cache, cache, token, lengths, now, table)
 
 
 STEPS = []

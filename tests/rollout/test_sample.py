@@ -105,3 +105,25 @@ def test_what_cannot_be_asked_for_is_refused():
     for wrong in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": 1.0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*allowed are"):
             Rollout(**wrong)
+
+
+@pytest.mark.parametrize("size", [5, sample.BLOCK, 3 * sample.BLOCK + 7])
+def test_the_token_is_the_first_whose_cumulative_weight_passes(size):
+    """Against a running sum over float64, wherever that is not within rounding of the target."""
+    generator = np.random.default_rng(size)
+    weight = np.exp(2 * generator.normal(size=(200, size))) * (generator.random((200, size)) < 0.6)
+    weight[:, size // 2] = 0.1
+    uniform = generator.random(200)
+    found = np.asarray(jax.jit(sample.first_beyond)(jnp.asarray(uniform, jnp.float32), jnp.asarray(weight, jnp.float32)))
+    for u, row, token in zip(uniform, weight, found, strict=True):
+        cumulative = np.cumsum(row)
+        target, near = u * cumulative[-1], 1e-5 * cumulative[-1]
+        assert row[token] > 0
+        assert cumulative[token] > target - near and cumulative[token] - row[token] <= target + near
+
+
+@pytest.mark.parametrize("place", [0, 4, sample.BLOCK - 1, sample.BLOCK, 2 * sample.BLOCK + 1])
+@pytest.mark.parametrize("uniform", [0.0, 0.5, np.nextafter(np.float32(1), np.float32(0))])
+def test_the_only_token_with_weight_is_taken(place, uniform):
+    weight = jnp.zeros((1, 2 * sample.BLOCK + 3)).at[0, place].set(1e-30)
+    assert sample.first_beyond(jnp.full(1, uniform, jnp.float32), weight)[0] == place
