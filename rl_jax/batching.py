@@ -10,10 +10,11 @@ class Batching:
     Attributes:
       slots: answers that are drawn at once; where one ends, the next takes its slot. 0 draws all at once, until the
         longest has ended.
-      length_buckets: shapes that the learner compiles, of T, T / 2, T / 4, ... completion positions; a batch is cut to
-        the shortest that holds its answers. 1 learns from whole rows.
-      packed_rows: the learner's rows per step, each of several completions of a group behind their shared prompt; 0
-        gives every completion a row of its own.
+      length_buckets: shapes that the learner compiles, of T, T / 2, T / 4, ... completion positions; each micro-batch is
+        cut to the shortest that holds its answers. 1 learns from whole rows. Compile time grows with their number.
+      packed_rows: rows of T positions for each group, in which its answers lie end to end behind their shared prompt; a
+        micro-batch whose answers do not fit is learned from unpacked. 0 gives every answer a row of its own, as do
+        groups that have no more answers than this.
     """
 
     slots: int = 0
@@ -51,3 +52,30 @@ class Batching:
             if self.slots > answers:
                 raise ValueError(f"{name}: recipe {recipe!r} draws scale.prompts_per_step x group_size = {answers} answers: "
                                  "take no more slots than answers, or 0 to draw all at once.")
+
+    def check_lengths(self, answer_positions: int, group_sizes: Sequence[int], seeds: Sequence[int], devices: int) -> None:
+        """Refuses shapes that an experiment cannot learn in.
+
+        Args:
+          answer_positions: T, of the task.
+          group_sizes, seeds: of each phase.
+          devices: of the mesh.
+
+        Raises:
+          ValueError: naming the fields, what is allowed and what to do.
+        """
+        buckets, packed, largest = self.length_buckets, self.packed_rows, max(group_sizes)
+        most = (answer_positions - 1).bit_length() + 1
+        if buckets > most:
+            raise ValueError(f"config.batching.length_buckets={buckets}, and answers of {answer_positions} positions have "
+                             f"{most} different lengths of T, T / 2, T / 4, ...: take at most {most}.")
+        if packed and packed >= largest:
+            raise ValueError(f"config.batching.packed_rows={packed} leaves nothing to pack, for the largest group has "
+                             f"{largest} answers: take fewer rows than that, or 0.")
+        name = f"config.batching.packed_rows={packed}" if packed else f"config.batching.length_buckets={buckets}"
+        if max(seeds) > 1 and (packed or buckets > 1):
+            raise ValueError(f"{name}: scale.seeds={max(seeds)} replicas are computed as one, and each would compute every "
+                             "shape: set length_buckets=1 and packed_rows=0, or seeds=1.")
+        if packed and devices > 1:
+            raise ValueError(f"{name}: packed rows are learned from on one device: set packed_rows=0, or every axis of "
+                             "config.mesh to 1.")

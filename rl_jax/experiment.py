@@ -136,9 +136,8 @@ class Phase:
 class Experiment:
     """A checked experiment: the task, the network's shape, the phases in order, and what surrounds them.
 
-    `pretrained` is the checkpoint whose weights the first phase starts from; None starts from fresh ones. `mesh` says
-    how many devices cut the batch and the weights, `asynchronous` what is read where a phase draws ahead, `batching` in
-    which shapes answers are drawn and learned from.
+    `pretrained` is the checkpoint that the first phase starts from; None: fresh weights. `mesh` says how many devices cut
+    batch and weights, `asynchronous` what is read where a phase draws ahead, `batching` the shapes of drawing and learning.
     """
 
     task: Task
@@ -288,7 +287,7 @@ def check(experiment: Experiment) -> None:
              f"config.run.validate_every={run.validate_every}, but task {task.name!r} has no validation split: "
              "give it one, or set validate_every=0.")
     _check_asynchronous(experiment)
-    _check_slots(experiment)
+    _check_batching(experiment)
     for index, phase in enumerate(experiment.phases):
         _check_mesh(phase, experiment, f"phase {index + 1} of {len(experiment.phases)} ({phase.recipe.name})")
         _check_phase(phase, run, task, f"phase {index + 1} of {len(experiment.phases)} ({phase.recipe.name})")
@@ -333,12 +332,13 @@ def _check_asynchronous(experiment: Experiment) -> None:
                  f"sampler that cut the batch: make it a multiple of {sampler.rows}.")
 
 
-def _check_slots(experiment: Experiment) -> None:
-    drawing = [phase for phase in experiment.phases if phase.recipe.rollout is not None]
-    sampler = experiment.asynchronous.sampler
-    devices = max(experiment.mesh.devices, 1 if sampler is None else sampler.devices)
-    experiment.batching.check_slots([(phase.recipe.name, phase.recipe.rollout.window,
-                                      phase.scale.prompts_per_step * phase.recipe.group_size) for phase in drawing], devices)
+def _check_batching(experiment: Experiment) -> None:
+    batching, phases, devices = experiment.batching, experiment.phases, experiment.mesh.devices
+    drawing = [(phase.recipe.name, phase.recipe.rollout.window, phase.scale.prompts_per_step * phase.recipe.group_size)
+               for phase in phases if phase.recipe.rollout is not None]
+    batching.check_slots(drawing, max(devices, (experiment.asynchronous.sampler or meshes.Sizes()).devices))
+    batching.check_lengths(experiment.task.completion_length, [phase.recipe.group_size for phase in phases],
+                           [phase.scale.seeds for phase in phases], devices)
 
 
 def _check_program(phase: Phase, where: str) -> None:

@@ -97,7 +97,8 @@ class Experience:
     is a random number of each sequence's own, for slots that draw lots. `complete`, `fresh`, `turn`:
     see `Samples`. `marks` and `views` are what the slots of those names made; `routes` are
     there where the experts are replayed (`Recipe.routing`), those of the prompts in `prompts`. `row` is the row of
-    the drawn batch that each row was taken from, where selection resampled.
+    the drawn batch that each row was taken from, where selection resampled. `segment` says which answer each token
+    belongs to where several share a row, -1 for padding; only networks are given such rows.
     """
 
     tokens: Int[Array, "N T"]
@@ -119,6 +120,7 @@ class Experience:
     fresh: Bool[Array, "N T"] | None = None
     turn: Int[Array, "N T"] | None = None
     row: Int[Array, " N"] | None = None
+    segment: Int[Array, "N T"] | None = None
     routes: Shaped[Array, "N T L k"] | None = None
     prompts: Prompts | None = None
     support: UInt32[Array, "N T W"] | None = None

@@ -5,6 +5,7 @@ python scripts/benchmark.py programs   two programs with the host scoring in bet
 python scripts/benchmark.py recipes    a step of every recipe against a step of baselines.grpo, as many answers in each
 python scripts/benchmark.py kernels    time and memory of every op of kernels_pallas; --write puts it into BENCHMARKS.md
 python scripts/benchmark.py prefix     a step on one copy of each prompt, against a copy per completion; --write, too
+python scripts/benchmark.py lengths    learning from answers of different lengths: whole rows, cut, packed; --write, too
 python scripts/benchmark.py load       seconds and memory of loading a published checkpoint of 2 GB; --write, too
 python scripts/benchmark.py memory     what training Qwen3-4B's shapes holds: all weights, or adapters; --write, too
 python scripts/benchmark.py collectives  what devices compute and exchange as the mesh grows, table and plot; --write, too
@@ -60,7 +61,8 @@ def main(arguments: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     compared, tabulated = {"replicas": replicas, "programs": programs, "recipes": recipes}, {
         "kernels": kernels, "prefix": prefix, "load": load, "memory": memory, "collectives": collectives, "step": step,
-        "rollout": rollout, "scaling": scaling, "refill": refill, "peers": peers}
+        "rollout": rollout, "scaling": scaling, "refill": refill, "lengths": lengths,
+        "peers": peers}
     if len(arguments) != 2 or arguments[1] not in compared | tabulated:
         names = ",".join(compared | tabulated)
         sys.exit(f"usage: benchmark.py {{{names}}} [--only=] [--repeats=] [--check] [--write]")
@@ -265,6 +267,15 @@ def prefix():
     from kernels_pallas import dispatch
 
     return benchmark_prefix.tables(benchmark_prefix.SIZES[dispatch.platform()], alternating, _wanted)
+
+
+def lengths():
+    """Learning from answers of different lengths, in every shape (`benchmark_lengths`)."""
+    import benchmark_lengths
+
+    from kernels_pallas import dispatch
+
+    return benchmark_lengths.tables(benchmark_lengths.SIZES[dispatch.platform()], alternating, _wanted)
 
 
 def load():

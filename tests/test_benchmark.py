@@ -10,6 +10,7 @@ SCRIPTS = pathlib.Path(__file__).resolve().parents[1] / "scripts"
 sys.path.append(str(SCRIPTS))
 
 import benchmark_kernels  # noqa: E402  (scripts are no package)
+import benchmark_lengths  # noqa: E402
 import benchmark_prefix  # noqa: E402
 import benchmark_refill  # noqa: E402
 import benchmark_table  # noqa: E402
@@ -68,6 +69,16 @@ def test_a_default_that_is_slower_than_its_target_is_named():
     slow = lambda *sides: [2.0 if number == 0 else 1.0 for number in range(len(sides))]
     table, = benchmark_kernels.tables(KERNELS, slow, lambda name: name.startswith("linear_logprob M"))
     assert table.missed == ("linear_logprob M=16 V=50 D=8: 2.00x of the reference's time",)
+
+
+def test_what_learning_computes_of_short_answers():
+    shape = dataclasses.replace(benchmark_lengths.SIZES["cpu"].shape, vocabulary=8, width=8, heads=1, key_heads=1,
+                                head_size=8, inner=8)
+    sizes = benchmark_lengths.Sizes(shape, 2, 4, 4, 3, 16)
+    table, = benchmark_lengths.tables(sizes, clock, lambda name: name == "packed in 2 rows a group")
+    assert [row[:3] for row in table.rows] == [("whole rows", "1.00", "1.00x"), ("packed in 2 rows a group", "0.50", "2.00x")]
+    assert sorted(benchmark_lengths.answer_lengths(sizes))[-1] <= 16
+    assert benchmark_lengths.tables(sizes, clock, lambda name: False) == []
 
 
 def test_a_shared_prompt_saves_flops_where_there_are_several_completions():

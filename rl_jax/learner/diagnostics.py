@@ -12,6 +12,7 @@ from rl_jax import masked
 from rl_jax.types import Experience
 
 Metrics = dict[str, Float[Array, ""]]
+SHARES = ("batch/positions", "batch/packed")
 
 
 def of_samples(x: Experience, given: Bool[Array, " N"] | None = None) -> Metrics:
@@ -43,8 +44,9 @@ def of_samples(x: Experience, given: Bool[Array, " N"] | None = None) -> Metrics
 
 
 def joined(metrics: Any) -> Metrics:
-    """Metrics stacked over micro-batches, as those of the batch: sums and extremes."""
-    return {name: _extreme(name, values, values.sum(axis=0)) for name, values in metrics.items()}
+    """Metrics stacked over micro-batches, as those of the batch: sums and extremes, and means of shares."""
+    return {name: _extreme(name, values, (values.mean if name in SHARES else values.sum)(axis=0))
+            for name, values in metrics.items()}
 
 
 def averaged(metrics: Any, taken: Bool[Array, " K"] | None = None) -> Metrics:

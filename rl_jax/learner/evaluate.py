@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, UInt32
 
 from kernels_pallas.linear_logprob import statistics
 from kernels_pallas.linear_policy_loss.reference import Head
+from rl_jax.batching import Batching
 from rl_jax.learner import gate, roles, update
 from rl_jax.models import heads, mesh
 from rl_jax.models.network import Network
@@ -64,7 +65,7 @@ def _values(network: Network, parameters: dict[str, Parameters], x: Experience) 
 
 def _hidden(network: Network, parameters: Parameters, x: Experience) -> Float[Array, "N T D"]:
     routes = None if x.routes is None else Routes(x.prompts.routes, x.routes)
-    return network.hidden(parameters, x.prompts.tokens, x.prompts.lengths, x.tokens, routes)
+    return network.hidden(parameters, x.prompts.tokens, x.prompts.lengths, x.tokens, routes, x.segment)
 
 
 def unrouted(x: Experience) -> Experience:
@@ -111,18 +112,20 @@ def _support(x: Experience) -> UInt32[Array, "M W"] | None:
 
 
 def with_models(recipe: Recipe, network: Network, evaluate: update.Evaluate, parameters: dict[str, Parameters],
-                frozen: dict[str, Parameters], x: Experience, microbatches: int = 1) -> Experience:
+                frozen: dict[str, Parameters], x: Experience, microbatches: int = 1, *,
+                batching: Batching = Batching()) -> Experience:
     """x with what the recipe's `models`, `views` and `routing` asked for, and nothing that it did not ask for.
 
     Args:
       evaluate: of whole weights.
       parameters: whole weights by role (`roles.whole`).
       frozen: the state's.
+      batching: in which shapes the networks are run; the experts of `routing` "old" are found in whole rows.
     """
     x = with_routes(recipe, network, parameters["policy"], x, microbatches)
 
     def all_parts(weights, x=x):
-        return update.in_parts(evaluate, weights, x, microbatches)
+        return update.in_parts(evaluate, weights, x, microbatches, batching)
 
     given = dict(x.given)
     for role in ("reference", "teacher"):
@@ -136,7 +139,7 @@ def with_models(recipe: Recipe, network: Network, evaluate: update.Evaluate, par
             given["values"] = now.values
     if "moments" in recipe.models:
         temperature = 1.0 if recipe.rollout is None else recipe.rollout.temperature
-        found = update.in_parts(make_moments(network, temperature), parameters, x, microbatches)
+        found = update.in_parts(make_moments(network, temperature), parameters, x, microbatches, batching)
         given |= dict(zip(("second_moment", "third_moment", "hidden_square"), found, strict=True))
     x = dataclasses.replace(x, given=jax.lax.stop_gradient(given))
     if not recipe.views:

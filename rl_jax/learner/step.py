@@ -112,16 +112,16 @@ def make_pieces(recipe: Recipe, task: tasks.Task, network: Network, optimiser: o
         scored = x.mask.any(axis=1) & x.complete  # neither failed nor an empty slot nor half an answer
         balance = {} if x.routes is None else mixture.load(x.routes, x.mask, network.shape.mixture.experts)
         whole = roles.whole(state.parameters, state.frozen)
-        x = evaluate.with_models(recipe, network, policy_of, whole, state.frozen, x, microbatches)
+        x = evaluate.with_models(recipe, network, policy_of, whole, state.frozen, x, microbatches, batching=batching)
         if samples.given is not None:
             x = dataclasses.replace(x, rollout_logp=jnp.where(samples.given[:, None], x.old_logp, x.rollout_logp))
         x = assemble.with_advantage(recipe, x)
-        of_trained = roles.bound(policy_of, state.frozen)
-        passes = update.make_passes(recipe, of_trained, optimiser, microbatches, roles.bound(objective, state.frozen))
+        of_trained, of_loss = (roles.bound(one, state.frozen) for one in (policy_of, objective))
+        passes = update.make_passes(recipe, of_trained, optimiser, microbatches, of_loss, batching)
         parameters, optimiser_state, metrics = passes(state.parameters, state.optimiser, x, deal)
         control = state.control
         if control:
-            policy = jax.lax.stop_gradient(update.in_parts(of_trained, state.parameters, x, microbatches))
+            policy = jax.lax.stop_gradient(update.in_parts(of_trained, state.parameters, x, microbatches, batching))
             policy = assemble.hide_policy(policy, x.mask)
             control = {name: one.update(control[name], x, policy, metrics)
                        for name, one in recipe.schedule.controls.items()}

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from rl_jax.learner import assemble, diagnostics, gate
+from rl_jax.batching import Batching
+from rl_jax.learner import assemble, diagnostics, gate, lengths
 from rl_jax.recipe import Recipe, Turns
 from rl_jax.types import Evaluated, Experience, Parameters
 
@@ -53,8 +54,13 @@ def weighted_loss(recipe: Recipe, policy: Evaluated, x: Experience, weight: Any,
 
 
 def in_parts(evaluate: Callable[[Parameters, Experience], Any], parameters: Parameters, x: Experience,
-             microbatches: int = 1) -> Any:
-    """What the weights say of a batch (`Evaluated`, or any arrays with rows N), one micro-batch after the other."""
+             microbatches: int = 1, batching: Batching = Batching()) -> Any:
+    """What the weights say of a batch (`Evaluated`, or any arrays with axes N, T), one micro-batch after the other.
+
+    Args:
+      batching: in which shapes (`lengths.said`); by default in whole rows, and then the axes need only begin with N.
+    """
+    evaluate = lengths.said(evaluate, batching)
     if microbatches == 1:
         return evaluate(parameters, x)
     whole = dataclasses.replace(x, coefficients=None)
@@ -74,7 +80,7 @@ def make_objective(recipe: Recipe, evaluate: Evaluate) -> Objective:
 
 
 def make_gradient(recipe: Recipe, evaluate: Evaluate, microbatches: int = 1,
-                  objective: Objective | None = None) -> Callable[..., Any]:
+                  objective: Objective | None = None, batching: Batching = Batching()) -> Callable[..., Any]:
     """Returns gradient(parameters, x) -> (gradient, metrics), accumulated over micro-batches.
 
     `microbatches` trades memory for time and changes nothing else: weights are fixed before the
@@ -83,11 +89,13 @@ def make_gradient(recipe: Recipe, evaluate: Evaluate, microbatches: int = 1,
 
     Args:
       objective: instead of `make_objective(recipe, evaluate)`, the same loss found another way.
+      batching: in which shapes it is found, for each micro-batch its own (`lengths.graded`).
 
     Raises:
       ValueError: if the recipe's loss compares all groups of the batch and it should be cut.
     """
-    objective = objective or make_objective(recipe, evaluate)
+    two_steps = functools.partial(make_objective, recipe)
+    graded = lengths.graded(objective or two_steps(evaluate), two_steps, evaluate, batching)
     scaling = recipe.schedule.step_scale
     pieces = microbatches if scaling is None else math.lcm(microbatches, scaling.pieces)
     if pieces > 1 and recipe.indivisible:
@@ -98,7 +106,7 @@ def make_gradient(recipe: Recipe, evaluate: Evaluate, microbatches: int = 1,
         x, weight, share = part
         group_size = x.mask.shape[0] // x.prompts.lengths.shape[0]
         x = dataclasses.replace(x, group=assemble.group_ids(x.failed, group_size), coefficients=coefficients)
-        (_, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(parameters, x, weight, share)
+        (_, metrics), gradient = graded(parameters, x, weight, share)
         return gradient, metrics
 
     def gradient(parameters: Parameters, x: Experience) -> tuple[Parameters, Metrics]:
@@ -139,13 +147,14 @@ def cut(tree: Any, parts: int) -> Any:
 
 
 def make_update(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTransformation,
-                microbatches: int = 1, objective: Objective | None = None) -> Callable[..., Any]:
+                microbatches: int = 1, objective: Objective | None = None,
+                batching: Batching = Batching()) -> Callable[..., Any]:
     """Returns update(parameters, optimiser_state, x) -> (parameters, optimiser_state, metrics): one optimiser step.
 
     x has been through `assemble.with_advantage`. A gradient that is not finite changes nothing
     and is counted in `gradient/skipped`.
     """
-    gradient_of = make_gradient(recipe, evaluate, microbatches, objective)
+    gradient_of = make_gradient(recipe, evaluate, microbatches, objective, batching)
 
     def update(parameters: Parameters, state: Any, x: Experience) -> tuple[Parameters, Any, Metrics]:
         gradient, metrics = gradient_of(parameters, x)
@@ -168,16 +177,17 @@ def make_update(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTra
 
 
 def make_passes(recipe: Recipe, evaluate: Evaluate, optimiser: optax.GradientTransformation,
-                microbatches: int = 1, objective: Objective | None = None) -> Callable[..., Any]:
+                microbatches: int = 1, objective: Objective | None = None,
+                batching: Batching = Batching()) -> Callable[..., Any]:
     """Returns passes(parameters, optimiser_state, x, key): all epochs, minibatches and turns over one batch.
 
     The prompts are dealt to minibatches anew for each epoch (the key is consumed); groups stay whole. Weights
     are those of the minibatch, the batch of one optimiser step.
     """
     epochs, minibatches = recipe.schedule.epochs, recipe.schedule.minibatches
-    update = make_update(recipe, evaluate, optimiser, microbatches, objective)
+    update = make_update(recipe, evaluate, optimiser, microbatches, objective, batching)
     if recipe.schedule.turns is not None:
-        said = functools.partial(in_parts, evaluate, microbatches=microbatches)
+        said = functools.partial(in_parts, evaluate, microbatches=microbatches, batching=batching)
         update = make_turns(recipe.schedule.turns, update, said)
 
     def passes(parameters: Parameters, state: Any, x: Experience, key: Array) -> tuple[Parameters, Any, Metrics]:

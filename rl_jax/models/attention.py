@@ -34,7 +34,8 @@ def prompt(query: Float[Array, "P S H E"], key: Float[Array, "P S K E"], value: 
 
 def shared_prefix(query: Float[Array, "N T H E"], key: Float[Array, "N T K E"], value: Float[Array, "N T K E"],
                   prompt_key: Float[Array, "P S K E"], prompt_value: Float[Array, "P S K E"],
-                  prompt_seen: Int[Array, " P"], options: Options = PLAIN) -> Float[Array, "N T H E"]:
+                  prompt_seen: Int[Array, " P"], options: Options = PLAIN, *,
+                  segment: Int[Array, "N T"] | None = None) -> Float[Array, "N T H E"]:
     """Attention of completions to one copy of their prompt and, causally, to themselves.
 
     Args:
@@ -42,9 +43,10 @@ def shared_prefix(query: Float[Array, "N T H E"], key: Float[Array, "N T K E"], 
       prompt_key, prompt_value: of the prompts.
       prompt_seen: how many of the prompt's first positions may be seen, 0 to S.
       options: scale, bound and window of the scores.
+      segment: which completion each token belongs to, where several share a row; -1 is padding. None: a row is one.
     """
-    return prefix_attention(query, key, value, prompt_key, prompt_value, Seen(prompt_seen, options=options),
-                            _implementation())
+    seen = Seen(prompt_seen, segment=segment, options=options)
+    return prefix_attention(query, key, value, prompt_key, prompt_value, seen, _implementation())
 
 
 def one_query(query: Float[Array, "P H E"], own: Cache, prompt: Cache,

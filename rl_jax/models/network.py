@@ -49,9 +49,10 @@ class Network:
         return nnx.merge(self.graphdef if adapted else self._base, parameters)
 
     def hidden(self, parameters: Parameters, prompts: Int[Array, "P S"], lengths: Int[Array, " P"],
-               completions: Int[Array, "N T"], routes: Routes | None = None) -> Float[Array, "N T D"]:
+               completions: Int[Array, "N T"], routes: Routes | None = None,
+               segment: Int[Array, "N T"] | None = None) -> Float[Array, "N T D"]:
         """Hidden states that the completion tokens are drawn from (`Transformer.hidden`)."""
-        return self.module(parameters).hidden(prompts, lengths, completions, routes)[0]
+        return self.module(parameters).hidden(prompts, lengths, completions, routes, segment)[0]
 
     def routes(self, parameters: Parameters, prompts: Int[Array, "P S"], lengths: Int[Array, " P"],
                completions: Int[Array, "N T"]) -> Routes | None:

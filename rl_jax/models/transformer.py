@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.decode_attention.reference import Cache
-from rl_jax.models import attention, mesh, norm
+from rl_jax.models import attention, mesh, norm, packing
 from rl_jax.models.block import Block, Turns, turns, turns_at
 from rl_jax.models.lora import Adapters
 from rl_jax.models.routes import Routes, of_layers
@@ -52,19 +52,21 @@ class Transformer(nnx.Module):
         return matrix[...].astype(DTYPES[self.shape.compute])
 
     def hidden(self, prompts: Int[Array, "P S"], lengths: Int[Array, " P"], completions: Int[Array, "N T"],
-               routes: Routes | None = None) -> tuple[Float[Array, "N T D"], Routes | None]:
+               routes: Routes | None = None,
+               segment: Int[Array, "N T"] | None = None) -> tuple[Float[Array, "N T D"], Routes | None]:
         """Hidden states that the completion tokens are drawn from, given one copy of each prompt.
 
         Args:
           routes: the experts of every token; None lets the routers choose.
+          segment: see `Experience`.
 
         Returns:
           The hidden states, and the experts of every token (None for a network without mixtures).
         """
         p = prompts.shape[0]
         n, t = completions.shape
-        inputs = jnp.concatenate([jnp.repeat(last_token(prompts, lengths), n // p)[:, None], completions[:, :-1]], 1)
-        position = (jnp.repeat(lengths, n // p)[:, None] - 1 + jnp.arange(t)[None, :]).reshape(-1)
+        inputs, place = packing.fed(jnp.repeat(last_token(prompts, lengths), n // p), completions, segment)
+        position = (jnp.repeat(lengths, n // p)[:, None] - 1 + place).reshape(-1)
         table = turns(self.shape, prompts.shape[1] + t)
         of_prompts, of_completions = _of_prompts(table, *prompts.shape), turns_at(table, position)
 
@@ -74,7 +76,7 @@ class Transformer(nnx.Module):
             q, k, v = block.heads(y, of_completions)
             q, k, v = (a.reshape(n, t, *a.shape[1:]) for a in (q, k, v))
             # The last token of a prompt is fed to its completions, which see it among their own.
-            attended = attention.shared_prefix(q, k, v, key, value, lengths - 1, block.options)
+            attended = attention.shared_prefix(q, k, v, key, value, lengths - 1, block.options, segment=segment)
             y, of_completion = block.finish(y, attended.reshape(n * t, -1), of_completion)
             return (x, y), None if of_completion is None else (of_prompt, of_completion)
 

@@ -21,7 +21,7 @@ from rl_jax.recipe import Recipe
 from rl_jax.tasks import judge
 from rl_jax.tasks import task as tasks
 from rl_jax.tasks.stream import Stream, batch
-from rl_jax.train import asynchronous
+from rl_jax.train import asynchronous, machine
 from rl_jax.types import Experience, Parameters, Prompts, Samples, TrainState, Verdict
 
 # the fields of a state that hold weights, or one number for each
@@ -175,14 +175,18 @@ class PhaseLoop:
         Args:
           state, prompts: arrays or shapes of one dispatch.
         """
-        if self.compiled:
-            return self.compiled
+        if not self.compiled:
+            self._compile(state, prompts)
+            machine.give_back_memory()  # of the compiler, which is more than a small network's step needs
+        return self.compiled
+
+    def _compile(self, state: TrainState, prompts: Prompts) -> None:
         scale = self.phase.scale
         if scale.program == "one":
             program = step.composed(self.pieces, steps_per_call=scale.steps_per_call, seeds=scale.seeds,
                                      shown_groups=self._shown)
             self.compiled["step"] = self._compiled(program, state, prompts, results=2)
-            return self.compiled
+            return
         draw, index = step.make_draw(self.pieces), jax.ShapeDtypeStruct((), jnp.int32)
         sent = jax.eval_shape(asynchronous.drawing, state)
         samples = jax.eval_shape(draw, sent, prompts, index)
@@ -191,7 +195,6 @@ class PhaseLoop:
         said = None if self._pure else jax.eval_shape(no_verdict(self.task), prompts, samples)
         learn = asynchronous.make_learn(self.pieces, verdict, self._shown)
         self.compiled["learn"] = self._compiled(learn, state, prompts, samples, said, results=2)
-        return self.compiled
 
     def _compiled_draw(self, draw: Callable[..., Any], sent: TrainState, prompts: Prompts, index: Any) -> Any:
         """The program that draws, for the sampler's devices."""

@@ -5,7 +5,7 @@ import pathlib
 import sys
 
 # of glibc's malloc.h
-TRIM_THRESHOLD, TOP_PAD, MMAP_MAX, ARENA_MAX = -1, -2, -4, -8
+TRIM_THRESHOLD, MMAP_MAX = -1, -4
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 
@@ -26,10 +26,18 @@ def keep_memory() -> bool:
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:  # another C library
+    except (AttributeError, TypeError):  # another C library
         return False
-    wanted = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, ARENA_MAX: 1, TOP_PAD: 64 << 20}
-    return all([mallopt(name, value) == 1 for name, value in wanted.items()])
+    return mallopt(MMAP_MAX, 0) == 1 and mallopt(TRIM_THRESHOLD, 2**31 - 1) == 1
+
+
+def give_back_memory() -> None:
+    """Gives the system what the C library holds and nobody uses, such as what a compiler has freed."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, TypeError):  # another C library
+        return
+    trim(0)
 
 
 def keep_programs() -> pathlib.Path | None:

@@ -18,6 +18,7 @@ import numpy as np
 import rich.console
 
 from rl_jax import experiment, sections
+from rl_jax.batching import Batching
 from rl_jax.models import mesh as meshes
 from rl_jax.tasks import task as tasks
 from rl_jax.train import metrics, session
@@ -29,7 +30,7 @@ CACHE_OPTIONS = {"jax_persistent_cache_min_compile_time_secs": 0, "jax_persisten
 
 def config(task: str = "toys.addmod", recipe: str = "baselines.reinforce", *, task_args: dict = {}, recipe_args: dict = {},
            warm_start: int = 0, run: dict = {}, optimiser: dict = {}, mesh: dict = {}, model: dict = NETWORK,
-           **scale: Any) -> ml_collections.ConfigDict:
+           batching: dict = {}, **scale: Any) -> ml_collections.ConfigDict:
     """A locked config of the six sections; `warm_start` steps of SFT come first, where there are any.
 
     The default recipe has a gradient in every step, whatever the answers are worth.
@@ -51,6 +52,7 @@ def config(task: str = "toys.addmod", recipe: str = "baselines.reinforce", *, ta
         "before": before, **phase(recipe, arguments | recipe_args, **scale),
         "run": experiment.section(experiment.Run, **{"checkpoint_every": 2, "shown_groups": 1, "workers": 1} | run),
         **({"mesh": experiment.section(meshes.Sizes, **mesh)} if mesh else {}),
+        **({"batching": experiment.section(Batching, **batching)} if batching else {}),
     }).lock()
 
 

@@ -1,7 +1,8 @@
 """Prints, as JSON, how far runs on meshes of fake devices are from the same run on one.
 
 Run as a process, as XLA makes its devices when it starts: meshes_on_devices RECIPE STEPS JSON-OPTIONS MESH ...
-with MESH such as data=2,tensor=4. Options: "scale", "model" and "task_args" of the config.
+with MESH such as data=2,tensor=4. Options: "scale", "model" and "task_args" of the config, and "batching" of
+the meshes'; on one device rows are whole.
 """
 import inspect
 import json
@@ -31,7 +32,7 @@ def run(recipe, steps, mesh, options):
     config = tiny.config(
         options.get("task", "toys.token_tree"), recipe, recipe_args=groups(recipe), task_args=options.get("task_args", {"depth": 2, "branching": 5}),
         steps=steps, prompts_per_step=PROMPTS, mesh=mesh, model={**MODEL, **options.get("model", {})},
-        optimiser={"epsilon": 1e-3}, run={"checkpoint_every": steps, "shown_groups": PROMPTS}, **options.get("scale", {}))
+        batching=options.get("batching", {}) if mesh else {}, optimiser={"epsilon": 1e-3}, run={"checkpoint_every": steps, "shown_groups": PROMPTS}, **options.get("scale", {}))
     with tempfile.TemporaryDirectory() as folder:
         finished, _ = tiny.train(pathlib.Path(folder), config)
         rows = list(metrics.rows(pathlib.Path(folder) / "metrics.jsonl"))
@@ -80,7 +81,8 @@ def main(recipe, steps, options, *meshes):
         one = run(recipe, int(steps), sizes(text), options)
         cut = [a for a in jax.tree.leaves(one[2]) if a.sharding.shard_shape(a.shape) != a.shape]
         found[text] = {"apart": apart(one, alone), "same": texts(one[1]) == texts(alone[1]), "cut": len(cut),
-                       "devices": len(jax.tree.leaves(one[2])[0].sharding.device_set)}
+                       "devices": len(jax.tree.leaves(one[2])[0].sharding.device_set),
+                       "positions": one[0][-1].get("batch/positions", 1.0)}
     print(json.dumps({"gradient": max(row["gradient/norm"] for row in alone[0]), "drawn": len(texts(alone[1])), "meshes": found}))
 
 

@@ -43,6 +43,18 @@ def test_every_baseline(recipe):
     agrees(on_meshes(recipe, 20, *MESHES), drawn=recipe != "baselines.sft")
 
 
+@pytest.mark.slow
+def test_rows_that_are_cut_to_the_longest_answer():
+    """Answers of at most three tokens, in six positions; over devices that cut the positions, too."""
+    found = on_meshes("baselines.sft", 3, "data=2,fsdp=2,tensor=2", "fsdp=2,sequence=2", task="reasoning_gym",
+                      batching={"length_buckets": 2}, task_args={
+        "generator": "chain_sum", "keep_after": ": ", "prompt_length": 16, "completion_length": 6, "train_size": 8,
+        "validation_size": 4, "held_out_size": 4,
+        "options": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}})
+    agrees(found, drawn=False)
+    assert [one["positions"] for one in found["meshes"].values()] == [0.5, 0.5]
+
+
 def test_what_is_kept_on_the_host_changes_nothing():
     """Reference and optimiser state lie in host memory between steps, on one device and on four, and come back from there."""
     meshes = {name: json.dumps(mesh) for name, mesh in {
