@@ -5,7 +5,7 @@ import pathlib
 import sys
 
 # of glibc's malloc.h
-TRIM_THRESHOLD, MMAP_MAX = -1, -4
+TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 
@@ -28,7 +28,8 @@ def keep_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, TypeError):  # another C library
         return False
-    return mallopt(MMAP_MAX, 0) == 1 and mallopt(TRIM_THRESHOLD, 2**31 - 1) == 1
+    wanted = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, ARENA_MAX: 1}  # an arena of a thread's own ends at 64 MiB
+    return all([mallopt(name, value) == 1 for name, value in wanted.items()])
 
 
 def give_back_memory() -> None:
