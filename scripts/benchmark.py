@@ -57,8 +57,10 @@ def main(arguments: list[str]) -> None:
     import benchmark_table
 
     from kernels_pallas import dispatch
+    from rl_jax.train import machine
 
     logging.set_verbosity(logging.WARNING)
+    machine.keep_memory()  # as scripts/train.py does
     compared, tabulated = {"replicas": replicas, "programs": programs, "recipes": recipes}, {
         "kernels": kernels, "prefix": prefix, "load": load, "memory": memory, "collectives": collectives, "step": step,
         "rollout": rollout, "scaling": scaling, "refill": refill, "lengths": lengths,
