@@ -2,9 +2,10 @@
 import dataclasses
 import pathlib
 import sys
-import time
 
 import pytest
+
+from tests.clock import clock, number
 
 SCRIPTS = pathlib.Path(__file__).resolve().parents[1] / "scripts"
 sys.path.append(str(SCRIPTS))
@@ -26,20 +27,6 @@ OPS = {"linear_logprob": 4, "linear_policy_loss": 8, "prefix_attention": 6, "dec
 @pytest.fixture(autouse=True)
 def one_call_per_measurement(monkeypatch):
     monkeypatch.setattr(benchmark_kernels, "SHORTEST_MEASUREMENT_S", 0.0)
-
-
-def clock(*sides):
-    """Seconds of one call of each side."""
-    spent = []
-    for side in sides:
-        began = time.perf_counter()
-        side()
-        spent.append(time.perf_counter() - began)
-    return spent
-
-
-def number(cell):
-    return float(cell.rstrip("x%").replace(",", ""))
 
 
 def test_every_op_is_measured():

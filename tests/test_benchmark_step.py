@@ -3,7 +3,6 @@ import dataclasses
 import math
 import pathlib
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from configs.benchmark import shared_toy
 from rl_jax.models.network import Network
 from rl_jax.models.shape import Shape
 from rl_jax.train import flops
+from tests.clock import clock, number
 
 SCRIPTS = pathlib.Path(__file__).resolve().parents[1] / "scripts"
 sys.path.append(str(SCRIPTS))
@@ -28,20 +28,6 @@ SHAPE = Shape(vocabulary=10, width=6, layers=2, heads=2, key_heads=1, head_size=
 WORK = benchmark_floor.Work(SHAPE, prompts=2, group=3, prompt_tokens=4, tokens=3)
 THIN = dataclasses.replace(WORK, shape=dataclasses.replace(SHAPE, layers=1))
 RATES = benchmark_floor.Rates(products=1e9, weights=1e9, moments=2e9, parameters=10**9)
-
-
-def clock(*sides):
-    """Seconds of one call of each side."""
-    spent = []
-    for side in sides:
-        began = time.perf_counter()
-        side()
-        spent.append(time.perf_counter() - began)
-    return spent
-
-
-def number(cell):
-    return float(cell.rstrip("x%").replace(",", ""))
 
 
 @pytest.fixture(autouse=True)

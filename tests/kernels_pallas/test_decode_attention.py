@@ -296,9 +296,6 @@ def test_inside_shard_map(name, options):
         _close(jax.jit(call)(query, own, prompt), _run("reference", query, own, prompt, options=options))
 
 
-# The kernels.
-
-
 @with_options
 def test_pallas_runs_a_kernel_in_both_cuts(monkeypatch, options):
     attend = functools.partial(decode_attention, options=options, implementation="pallas")
