@@ -74,8 +74,9 @@ def _loops(sizes: Sizes, clock: Clock, wanted: Callable[[str], bool]) -> benchma
             width, count = lanes.shape(n, sizes.prompts, sizes.group)
             name, tokens = _name(shape, n), budget.sum()
             rows.append((name, f"{count} x {width}", f"{tokens / padded:,.0f}", f"{tokens / spent:,.0f}",
-                         f"{padded / spent:.2f}x", f"{TARGET:g}x", _alike(side(), expected)))
+                         f"{padded / spent:.2f}x", f"{TARGET:g}x", equal := _alike(side(), expected)))
             missed += [name] if padded / spent < TARGET else []
+            missed += [f"{name}: {equal} answers equal"] if equal != f"{budget.size}/{budget.size}" else []
     caption = (f"{benchmark_table.circumstances()}: {sizes.prompts} prompts of {sizes.prompt_tokens} tokens x {sizes.group} "
                f"answers, log-normal lengths, mean {budget.mean():.0f}, longest {budget.max()}; tokens of answers per "
                "second, prefill included. \"Equal\": answers whose tokens are those of the padded loop, same random numbers.")

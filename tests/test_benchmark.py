@@ -78,8 +78,8 @@ def test_a_shared_prompt_saves_flops_where_there_are_several_completions():
     assert all(number(cell) > 0 for cell in row[5:])
 
 
-def test_slots_are_measured_on_the_same_answers():
-    """A row per number of slots that tells how many answers are alike; one that is too slow is named."""
+def test_slots_are_measured_on_the_same_answers(monkeypatch):
+    """A row per number of slots that tells how many answers are alike; one that is too slow is named, and unequal ones are."""
     shape = dataclasses.replace(benchmark_refill.SIZES["cpu"].shapes[0], vocabulary=8, width=16, layers=1, inner=16)
     sizes = benchmark_refill.Sizes((shape,), 3, 4, prompt_tokens=4, mean=3, most=6, slots=(3, 4))
     padded_is_slow = lambda *sides: [7.0, 2.0, 4.0][:len([side() for side in sides])]
@@ -87,6 +87,9 @@ def test_slots_are_measured_on_the_same_answers():
     assert [row[4:] for row in loops.rows] == [("3.50x", "2x", "12/12"), ("1.75x", "2x", "12/12")]
     assert loops.missed == (loops.rows[1][0],) and len(set(benchmark_refill.lengths(sizes).ravel())) > 2
     assert [row[0] for row in attention.rows] == ["attention S=4 slots=4", "attention S=32 slots=4"]
+    monkeypatch.setattr(benchmark_refill, "_alike", lambda found, expected: "11/12")
+    loops, _ = benchmark_refill.tables(sizes, padded_is_slow, lambda name: True)
+    assert sum("11/12 answers equal" in missed for missed in loops.missed) == 2
 
 
 def test_only_the_section_is_replaced(tmp_path):
